@@ -1,0 +1,33 @@
+# `make run` runs the whole pipeline on the shipped human ratings; `make test` runs the tests. Both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: run test test-slow lint clean
+
+run: .venv/installed
+	rlhf run
+
+test: .venv/installed lint
+	python -m pytest
+
+test-slow: .venv/installed
+	python -m pytest -m slow
+
+lint: .venv/installed
+	ruff check .
+	ruff format --check .
+	mypy
+
+dvc.yaml: .venv/installed
+	python -m rlhf_tasks.versioning
+.PHONY: dvc.yaml
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .rlhf build *.egg-info

@@ -1,0 +1,107 @@
+"""The command line: `rlhf run`, `rlhf stage`, `rlhf status`. It starts flows and turns mistakes into sentences."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows import environment
+from rlhf_tasks.config import Params, load_params, set_params
+from rlhf_tasks.errors import UserError
+from rlhf_tasks.stages import STAGES
+
+STAGE_NAMES = ", ".join(STAGES)
+
+app = typer.Typer(
+    name="rlhf",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=f"""
+From human feedback to a registered, PPO-tuned model: {" → ".join(STAGES)}.
+
+What runs is what `params.yaml` says. Finished work is found again by its content: a second `rlhf run` trains nothing,
+a changed parameter runs what depends on it, and a run that was killed goes on where it was.
+
+* `rlhf run`: everything that is out of date
+* `rlhf run --set ppo.kl.coef=0.1`: change a parameter in params.yaml, then the same
+* `rlhf run --from ppo --until evaluate`: only these stages, on what the earlier ones left
+* `rlhf status`: what is done, what is out of date, why
+* `dvc repro`: the same work through DVC; `mlflow ui`: every run's curves and the registered models
+""",
+)
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Write a parameter into params.yaml first, e.g. ppo.kl.coef=0.1."),
+]
+
+
+@app.command()
+def run(
+    start: Annotated[str, typer.Option("--from", metavar="STAGE", help=f"First stage: {STAGE_NAMES}.")] = "prepare",
+    until: Annotated[str, typer.Option(metavar="STAGE", help="Last stage.")] = "register",
+    set_: Set = None,
+) -> None:
+    """Run the pipeline: every stage that is out of date, and nothing else."""
+    root = Path.cwd()
+    params = _params(root, set_ or [])
+    environment.configure(root)
+    from flows.run import run_here
+
+    run_here(root, start, until)
+    from flows.console import say_report
+    from rlhf_tasks.report import make_report
+
+    if until in ("evaluate", "register"):
+        say_report(make_report(root, params.evaluate.examples))
+
+
+@app.command()
+def stage(name: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {STAGE_NAMES}.")]) -> None:
+    """Run one stage, on what the earlier ones left. This is what `dvc repro` calls."""
+    root = Path.cwd()
+    _params(root, [])
+    environment.configure(root)
+    from flows.run import run_here
+
+    run_here(root, name, name)
+
+
+@app.command()
+def status() -> None:
+    """Say of every stage whether its result is there, and what it waits for."""
+    root = Path.cwd()
+    params = load_params(root / "params.yaml")
+    from flows.status import say_status
+
+    say_status(root, params)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence and exit status 2, Ctrl-C is 130."""
+    try:
+        app()
+    except UserError as error:
+        print(f"rlhf: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("rlhf: stopped; what is finished is kept, `rlhf run` goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+def _params(root: Path, assignments: list[str]) -> Params:
+    """Check params.yaml before anything slow is imported, with the assignments written into it."""
+    load_params(root / "params.yaml")
+    for change in set_params(root / "params.yaml", assignments):
+        print(f"params.yaml: {change}")
+    return load_params(root / "params.yaml")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What a person sees in the terminal: live progress, a line a stage, the tables at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from rlhf_tasks.errors import UserError
+from rlhf_tasks.report import Report
+
+console = Console(highlight=False)
+
+#: what the bar shows of a step's values, and how
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "perplexity": "perplexity {:.0f}",
+    "accuracy": "accuracy {:.2f}",
+    "objective/score": "score {:+.2f}",
+    "objective/kl": "KL {:.2f}",
+    "response/length": "length {:.1f}",
+}
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Bar:
+    """A live bar on a terminal; elsewhere a line every so often."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self._started = self._said = time.monotonic()
+        columns = (
+            TextColumn("  {task.description:9}"), BarColumn(24), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[values]}"),
+        )  # fmt: skip
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task(stage, total=None, values="")
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int, values: dict[str, float]) -> None:
+        text = "  ".join(form.format(values[name]) for name, form in SHOWN.items() if name in values)
+        self._bar.update(self._task, completed=done, total=total, values=text)
+        now = time.monotonic()
+        if not console.is_terminal and values and now - self._said > SECONDS_BETWEEN_LINES:
+            self._said = now
+            left = (now - self._started) / max(1, done) * (total - done)
+            console.print(f"  {self.stage:9} {done}/{total}  {text}  {left:.0f} s left", soft_wrap=True)
+
+
+def say_stage(stage: str, how: str, seconds: float, headline: str) -> None:
+    """One line for a stage that is done: trained, made, or cached."""
+    mark = "[dim]=[/dim]" if how == "cached" else "[green]✓[/green]"
+    console.print(f"{mark} {stage:9} {how:7} {seconds:6.1f} s  [dim]{headline}[/dim]", soft_wrap=True)
+
+
+def say_report(report: Report) -> None:
+    """The tables that a run ends with."""
+    for title, columns, rows in report.tables:
+        table = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+        for i, name in enumerate(columns):
+            table.add_column(name, justify="left" if i == 0 or report.is_text(title) else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print()
+        console.print(table)
+    console.print()
+    for line in report.notes:
+        console.print(line, soft_wrap=True)
+
+
+@contextmanager
+def quiet_user_errors() -> Iterator[None]:
+    """Keep Prefect's stack traces of a user's mistake off the terminal; the server still gets them."""
+    quiet = _Quiet()
+    handlers = [handler for name in ("prefect", "") for handler in logging.getLogger(name).handlers]
+    handlers = [handler for handler in handlers if "API" not in type(handler).__name__]
+    for handler in handlers:
+        handler.addFilter(quiet)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(quiet)
+
+
+class _Quiet(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], UserError | KeyboardInterrupt):
+            return False
+        message = record.getMessage()
+        return not (message.startswith("Finished in state") or "interrupted by termination" in message)

@@ -1,0 +1,54 @@
+"""What Prefect, MLflow, DVC and Hugging Face read from the environment when they are imported: set it before that."""
+
+import logging
+import os
+from pathlib import Path
+
+# Nothing phones home. (DVC's daily look for a new version has no variable: `core.check_update` in .dvc/config.)
+PRIVATE = {
+    "DO_NOT_TRACK": "true",  # MLflow takes "true" only; Prefect's client and huggingface_hub take it too
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DVC_NO_ANALYTICS": "1",  # any value counts
+    "ITERATIVE_DO_NOT_TRACK": "1",  # gto, which comes with DVC
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+# Quiet for what is harmless. Errors, and Prefect's and our own warnings, still show.
+QUIET = {
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # our modules also log outside a flow run
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",  # else a warning at every fork after the first use
+}
+
+
+def configure(root: Path) -> None:
+    """Set the environment for a project at `root`, before those imports. What the user has set stays."""
+    state = root.resolve() / ".rlhf"  # absolute: relative paths follow the working folder
+    ours = {
+        **PRIVATE,
+        **QUIET,
+        "PREFECT_HOME": str(state / "prefect"),  # its database and profiles belong to the project, not to the user
+        "PREFECT_LOCAL_STORAGE_PATH": str(state / "store" / "results"),
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # the default is pickle
+        # Threads that wait for each other sleep instead of spinning: with one core busy elsewhere, training took a
+        # third of the time. Read by OpenMP when torch is imported.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "rlhf_tasks",  # what the work logs is shown with the flow run
+    }
+    # The handler's level, not PREFECT_LOGGING_LEVEL, which would keep INFO from the server too. Who sets the latter
+    # wants to see it.
+    if "PREFECT_LOGGING_LEVEL" not in os.environ:
+        ours["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "WARNING"
+    for name, value in ours.items():
+        os.environ.setdefault(name, value)
+    # The server on this machine is not reached through a proxy.
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if "127.0.0.1" not in direct:
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (direct, "127.0.0.1")))
+    # Prefect gives the extra loggers its handler, but not a level: they would stay at the root's WARNING.
+    logging.getLogger("rlhf_tasks").setLevel(logging.INFO)

@@ -1,0 +1,181 @@
+"""The Prefect flow `rlhf-pipeline` and its cached tasks: prepare → sft → reward → ppo → evaluate → register.
+
+A task's cache key is our key (rlhf_tasks/engine.py), so Prefect holds no opinion of its own: what the store has is
+Cached, what it lacks is run again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.states import Completed
+
+from flows.console import Bar, say_stage
+from flows.record import Record, StageRecord
+from rlhf_tasks import engine, versioning
+from rlhf_tasks.config import load_params
+from rlhf_tasks.engine import Job, Workspace
+from rlhf_tasks.errors import UserError
+from rlhf_tasks.report import headline
+from rlhf_tasks.stages import STAGES, Stage
+from rlhf_tasks.store import DamagedEntry, Entry
+
+log = logging.getLogger("rlhf_tasks.flows")
+
+
+@flow(name="rlhf-pipeline")
+def rlhf_pipeline(start: str = "prepare", until: str = "register") -> dict[str, Any]:
+    """Run the stages from `start` to `until` in the checkout that is the working folder.
+
+    Returns:
+        For each stage, the reference of its result: stage, path in the store, digest.
+    """
+    return run_stages(Path.cwd(), stages_between(start, until))
+
+
+def stages_between(start: str, until: str) -> list[Stage]:
+    """The stages from one to another, both included.
+
+    Raises:
+        UserError: a name is no stage's, or `until` comes before `start`.
+    """
+    names = list(STAGES)
+    for name in (start, until):
+        if name not in names:
+            raise UserError(f"stage: found {name!r}, expected one of {', '.join(names)}")
+    chosen = names[names.index(start) : names.index(until) + 1]
+    if not chosen:
+        raise UserError(f"stages: {until} comes before {start}; swap them")
+    return [STAGES[name] for name in chosen]
+
+
+def run_stages(root: Path, stages: list[Stage]) -> dict[str, Any]:
+    """Bring the stages up to date, in order, recording each with DVC and MLflow as soon as it is finished."""
+    workspace = Workspace(root, load_params(root / "params.yaml"))
+    with engine.alone(workspace), Record.open(workspace) as record:
+        outdated = set(STAGES) if versioning.inside_stage() else versioning.outdated_stages(root)
+        done = {}
+        for stage in stages:
+            with record.stage(stage) as stage_record:
+                entry, fresh = bring_up_to_date(workspace, stage, stage_record, vouched=stage.name not in outdated)
+                if (fresh or stage.name in outdated) and not versioning.inside_stage():
+                    record_with_dvc(workspace, stage, entry)
+                done[stage.name] = asdict(entry.ref)
+        return done
+
+
+def bring_up_to_date(workspace: Workspace, stage: Stage, record: StageRecord, *, vouched: bool) -> tuple[Entry, bool]:
+    """Find a stage's result or make it, and have it in the workspace.
+
+    Args:
+        vouched: whether DVC says that the workspace holds what the stage makes of its present inputs.
+
+    Returns:
+        The result, and whether the workspace changed.
+    """
+    job, started = engine.plan(workspace, stage), time.monotonic()
+    hit = find_result(workspace, job, vouched=vouched)
+    make = run_ppo if stage.name == "ppo" else run_stage
+    entry = make(workspace, job, hit, record)
+    fresh = hit is None or not engine.exported(workspace, entry)
+    try:
+        engine.export(workspace, entry)
+    except DamagedEntry as error:
+        log.warning("%s; the stage %s is done again", error, stage.name)
+        workspace.store.discard(job.key)
+        return bring_up_to_date(workspace, stage, record, vouched=False)
+    record.finished(entry, cached=hit is not None)
+    if stage.name == "register":
+        record.settle()
+    how, seconds = "cached" if hit else "done", time.monotonic() - started
+    say_stage(stage.name, how, seconds, headline(stage.name, entry.manifest["metrics"]))
+    return entry, fresh
+
+
+def find_result(workspace: Workspace, job: Job, *, vouched: bool) -> Entry | None:
+    """A stage's finished result: in the store, or in the workspace where DVC vouches for it."""
+    entry = workspace.store.find(job.key)
+    if entry and (engine.exported(workspace, entry) or entry.has_payload()):
+        return entry
+    return engine.adopt(workspace, job) if vouched else None
+
+
+def run_stage(workspace: Workspace, job: Job, hit: Entry | None, record: StageRecord) -> Entry:
+    """A stage that is one task."""
+
+    def work() -> Entry:
+        with Bar(job.stage) as bar:
+            return engine.perform(workspace, job, lambda row, total: record.watch(row, total, bar))
+
+    return run_task(job, job.stage, hit, work)
+
+
+def run_ppo(workspace: Workspace, job: Job, hit: Entry | None, record: StageRecord) -> Entry:
+    """The ppo stage: a task an iteration, each from the state that its parent left, and one that collects them."""
+    total = workspace.params.ppo.iterations
+    known = engine.known_iterations(workspace)
+    if hit and len(known) < total:  # adopted from DVC, which keeps no iterations
+        return run_task(job, "ppo", hit, lambda: hit)
+    done = known if hit else known[: engine.usable_iterations(known)]
+    hits = len(done)
+    with Bar("ppo") as bar:
+        for iteration in range(1, total + 1):
+            parent = done[iteration - 2] if iteration > 1 else None
+            step = engine.plan_iteration(workspace, iteration, parent)
+            entry = run_task(
+                step,
+                f"ppo-{iteration:03d}",
+                done[iteration - 1] if iteration <= hits else None,
+                partial(engine.perform_iteration, workspace, step, parent),
+            )
+            if iteration > hits:
+                done.append(entry)
+                engine.prune_iterations(done)
+            record.iteration(entry)
+            bar(iteration, total, entry.manifest["metrics"])
+    return run_task(job, "ppo", hit, lambda: engine.finish_ppo(workspace, job, done))
+
+
+def run_task(job: Job, name: str, hit: Entry | None, work: Callable[[], Entry]) -> Entry:
+    """A piece of work as a Prefect task under our key. What the store has is Cached, whatever Prefect remembers."""
+    entry: list[Entry] = [hit] if hit else []
+
+    def body() -> object:
+        if hit:
+            return Completed(name="Cached", message="found in the store", data=asdict(hit.ref))
+        entry.append(work())
+        return asdict(entry[0].ref)
+
+    keyed_task.with_options(name=job.stage, task_run_name=name, refresh_cache=hit is None)(job.key, body)
+    return entry[0]
+
+
+@task(
+    cache_key_fn=lambda context, parameters: parameters["key"],
+    persist_result=True,
+    result_serializer="json",
+)
+def keyed_task(key: str, body: Callable[[], object]) -> object:
+    """Run `body`, whose result belongs to `key`: a reference as JSON."""
+    return body()
+
+
+def record_with_dvc(workspace: Workspace, stage: Stage, entry: Entry) -> None:
+    """Write the stage into dvc.lock, unless what it read has changed since it began.
+
+    `dvc commit` records whatever is on disk: without this check an edit made while the stage ran would be blessed.
+    """
+    current = Workspace(workspace.root, load_params(workspace.root / "params.yaml"))
+    if engine.plan(current, stage).key != entry.manifest["key"]:
+        log.warning(
+            "%s: parameters, inputs or code changed while it ran, so it is not in dvc.lock; run again", stage.name
+        )
+        return
+    versioning.record(workspace.root, stage)

@@ -1,0 +1,50 @@
+"""`rlhf status`: what is done and what is not, without running anything."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from rich.table import Table
+
+from flows.console import console
+from rlhf_tasks import engine
+from rlhf_tasks.config import Params
+from rlhf_tasks.errors import UserError
+from rlhf_tasks.report import headline
+from rlhf_tasks.stages import STAGES, Stage
+
+
+def say_status(root: Path, params: Params) -> None:
+    """Print a line for every stage."""
+    logging.getLogger("rlhf_tasks").setLevel(logging.ERROR)
+    workspace = engine.Workspace(root, params)
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("stage", "state", "result", ""):
+        table.add_column(column, overflow="fold")
+    waiting = ""
+    for stage in STAGES.values():
+        state, digest, text = _state(workspace, stage)
+        if waiting and state != "done":
+            state, text = "waits", f"for {waiting}"
+        elif state != "done":
+            waiting = waiting or stage.name
+        table.add_row(stage.name, state, digest[:12], text)
+    console.print(table)
+    if waiting:
+        console.print(f"\n`rlhf run` goes on with {waiting}.")
+
+
+def _state(workspace: engine.Workspace, stage: Stage) -> tuple[str, str, str]:
+    """`done` and what came out, or `to do` and how far it is."""
+    try:
+        job = engine.plan(workspace, stage)
+    except UserError as error:
+        return "to do", "", str(error)
+    entry = workspace.store.find(job.key)
+    if entry and (engine.exported(workspace, entry) or entry.has_payload()):
+        return "done", entry.digest, headline(stage.name, entry.manifest["metrics"])
+    if stage.name == "ppo":
+        finished = len(engine.known_iterations(workspace))
+        return "to do", "", f"{finished} of {workspace.params.ppo.iterations} iterations" if finished else ""
+    return "to do", "", "begun" if workspace.store.partial(job.key).exists() else ""

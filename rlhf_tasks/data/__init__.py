@@ -1,0 +1,1 @@
+"""Human feedback as it is found, turned into validated, encoded datasets."""

@@ -1,0 +1,361 @@
+"""Keys and work: what a stage's result depends on, whether it is there, and making it where it is not.
+
+Both doors come through here. Inputs are read from the workspace (`data/prepared`, `checkpoints/...`), results go into
+the store under their key, and from there back into the workspace. Whoever runs a stage, its result is the same files.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import importlib
+import inspect
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rlhf_tasks.closure import SOURCE_ROOT, import_closure
+from rlhf_tasks.config import Params
+from rlhf_tasks.errors import UserError
+from rlhf_tasks.stages import STAGES, Stage, producer
+from rlhf_tasks.store import DamagedEntry, Entry, Store, digest_file, digest_json, digest_path, place, remove
+
+log = logging.getLogger(__name__)
+
+#: told of every step of a stage: a row of its series, and how many steps there are
+Watch = Callable[[dict[str, Any], int], None]
+
+ITERATION = "ppo-iteration"
+PAYLOADS_KEPT = 2
+_SIMD = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of work, and the key that says everything its result depends on."""
+
+    stage: str
+    key: str
+    identity: dict[str, Any]
+
+
+@dataclass
+class Workspace:
+    """A checkout to work in: its parameters and the store that it uses."""
+
+    root: Path
+    params: Params
+    store: Store = field(init=False)
+    live_trainer: tuple[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.store = Store(state_folder(self.root) / "store")
+
+
+def state_folder(root: Path) -> Path:
+    """`.rlhf` of the checkout, or of the repository that a DVC experiment came from (DVC sets DVC_ROOT there)."""
+    owner = os.environ.get("DVC_ROOT") if os.environ.get("DVC_STAGE") else None
+    return Path(owner or root) / ".rlhf"
+
+
+# Planning ------------------------------------------------------------------------------------------------------------
+
+
+def plan(workspace: Workspace, stage: Stage) -> Job:
+    """The stage's job for the workspace as it is.
+
+    Raises:
+        UserError: an input is missing; the message says which stage makes it.
+    """
+    return _job(stage.name, stage, workspace, parameters(workspace.params, stage))
+
+
+def plan_iteration(workspace: Workspace, iteration: int, parent: Entry | None) -> Job:
+    """The job of one PPO iteration, whose parent's state it goes on from."""
+    stage = STAGES["ppo"]
+    settings = parameters(workspace.params, stage)
+    settings["ppo"] = {name: value for name, value in settings["ppo"].items() if name != "iterations"}
+    facts = {"iteration": iteration, "parent": parent.digest if parent else None}
+    return _job(ITERATION, stage, workspace, settings, **facts)
+
+
+def parameters(params: Params, stage: Stage) -> dict[str, Any]:
+    """The slice of params.yaml that a stage reads."""
+    sections = {name: params.section(name) for name in stage.sections}
+    return {k: v.model_dump(mode="json") if hasattr(v, "model_dump") else v for k, v in sections.items()}
+
+
+def external_inputs(params: Params, stage: Stage) -> list[str]:
+    """Files and folders from outside the pipeline that a stage reads, as params.yaml names them."""
+    sources = [source.path for source in params.data.sources if source.path] if stage.name == "prepare" else []
+    base = [params.model.base] if stage.name in ("prepare", "sft") and params.model.base != "scratch" else []
+    return sources + base
+
+
+def _job(name: str, stage: Stage, workspace: Workspace, settings: dict[str, Any], **facts: Any) -> Job:
+    identity = {
+        "stage": name,
+        **facts,
+        "parameters": settings,
+        "inputs": _input_digests(workspace, stage),
+        "code": {file: digest_file(SOURCE_ROOT / file) for file in import_closure(stage.module)},
+        "environment": _environment(stage),
+    }
+    return Job(name, digest_json(identity), identity)
+
+
+def _input_digests(workspace: Workspace, stage: Stage) -> dict[str, str]:
+    digests = {}
+    for path in [*stage.inputs.values(), *external_inputs(workspace.params, stage)]:
+        try:
+            digests[path] = digest_path(workspace.root / path)
+        except FileNotFoundError:
+            if path in stage.inputs.values():
+                maker = producer(path).name
+                remedy = f"it is made by the stage {maker}: run `rlhf run --from {maker}` or `dvc repro {stage.name}`"
+            else:
+                remedy = "correct the path in params.yaml or put the file there"
+            raise UserError(f"{path}: not found, but the stage {stage.name} reads it; {remedy}") from None
+    return digests
+
+
+@cache
+def _environment(stage: Stage) -> dict[str, Any]:
+    """What changes numbers beside code and parameters."""
+    facts: dict[str, Any] = {name: version(name) for name in stage.libraries}
+    if "runtime" in stage.sections:
+        facts |= {"machine": platform.machine(), "simd": _simd(), "dtype": "float32"}
+    return facts
+
+
+def _simd() -> list[str]:
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return []
+    return [name for name in _SIMD if name in flags]
+
+
+# Work ----------------------------------------------------------------------------------------------------------------
+
+
+def perform(workspace: Workspace, job: Job, watch: Watch) -> Entry:
+    """Do a stage's work and store it, unless another process has just done so."""
+    stage, params, store = STAGES[job.stage], workspace.params, workspace.store
+    with store.lock(job.key):
+        entry = store.find(job.key)
+        if entry and entry.has_payload():
+            return entry
+        arguments = {("register_" if n == "register" else n): params.section(n) for n in stage.sections}
+        arguments |= {name: workspace.root / path for name, path in stage.inputs.items()}
+        partial, started = store.partial(job.key), time.time()
+        partial.mkdir(parents=True, exist_ok=True)
+        with store.writing(job.key) as out, Recorder(watch, partial / "series.jsonl") as recorder:
+            run = importlib.import_module(stage.module).run
+            offered = {"partial": partial, "progress": recorder}
+            wanted = {name: value for name, value in offered.items() if name in inspect.signature(run).parameters}
+            metrics = run(**arguments, **wanted, out=out)
+            _save_curve(stage, out, recorder.series)
+            perf = {"seconds": time.time() - started}
+            return store.commit(job.key, out, job.identity, metrics=metrics, series=recorder.series, perf=perf)
+
+
+def perform_iteration(workspace: Workspace, job: Job, parent: Entry | None) -> Entry:
+    """Run one PPO iteration from its parent's state, in memory if it is still there, and store the state it leaves.
+
+    Raises:
+        DamagedEntry: the parent's state is not what was written; the caller starts from an earlier one.
+    """
+    store, iteration = workspace.store, job.identity["iteration"]
+    with store.lock(job.key):
+        entry = store.find(job.key)
+        if entry and entry.has_payload():
+            return entry
+        trainer = _trainer(workspace, parent)
+        with store.writing(job.key) as out:
+            metrics, timings = trainer.step(out)
+            seconds = sum(v for k, v in timings.items() if k.endswith("_seconds"))
+            row = {"step": iteration, "time_ms": int(time.time() * 1000), "values": metrics}
+            entry = store.commit(
+                job.key, out, job.identity, metrics=metrics, series=[row], perf=timings | {"seconds": seconds}
+            )
+        workspace.live_trainer = (entry.digest, trainer)
+        return entry
+
+
+def finish_ppo(workspace: Workspace, job: Job, iterations: list[Entry]) -> Entry:
+    """Make the ppo stage's result of its last iteration's state and everybody's curve."""
+    stage, store = STAGES["ppo"], workspace.store
+    last = iterations[-1]
+    with store.lock(job.key), store.writing(job.key) as out:
+        last.verify()
+        run = importlib.import_module(stage.module).run
+        metrics = run(
+            state=last.payload, sft=workspace.root / stage.inputs["sft"], last=last.manifest["metrics"], out=out
+        )
+        series = [row for entry in iterations for row in entry.manifest["series"]]
+        _save_curve(stage, out, series)
+        perf = {"seconds": sum(entry.manifest["perf"]["seconds"] for entry in iterations)}
+        return store.commit(job.key, out, job.identity, metrics=metrics, series=series, perf=perf)
+
+
+def known_iterations(workspace: Workspace) -> list[Entry]:
+    """The chain of finished iterations from the first on, as far as it goes, by their manifests."""
+    chain: list[Entry] = []
+    while len(chain) < workspace.params.ppo.iterations:
+        job = plan_iteration(workspace, len(chain) + 1, chain[-1] if chain else None)
+        entry = workspace.store.find(job.key)
+        if entry is None:
+            break
+        chain.append(entry)
+    return chain
+
+
+def usable_iterations(chain: list[Entry]) -> int:
+    """How many iterations of the chain need not be done again to go on: up to the last whole payload."""
+    for count in range(len(chain), 0, -1):
+        if chain[count - 1].has_payload():
+            try:
+                chain[count - 1].verify()
+                return count
+            except DamagedEntry as error:
+                log.warning("%s; going on from an earlier iteration", error)
+                chain[count - 1].prune()
+    return 0
+
+
+def prune_iterations(chain: list[Entry]) -> None:
+    """Keep the last payloads and every manifest."""
+    for entry in chain[:-PAYLOADS_KEPT]:
+        entry.prune()
+
+
+def _trainer(workspace: Workspace, parent: Entry | None) -> Any:
+    if workspace.live_trainer and parent and workspace.live_trainer[0] == parent.digest:
+        return workspace.live_trainer[1]
+    if parent:
+        parent.verify()
+    stage = STAGES["ppo"]
+    arguments = {name: workspace.params.section(name) for name in stage.sections}
+    arguments |= {name: workspace.root / path for name, path in stage.inputs.items()}
+    trainer = importlib.import_module(stage.module).Trainer
+    return trainer.load(**arguments, parent=parent.payload if parent else None)
+
+
+class Recorder:
+    """A stage's progress: shown at once, and kept as its series, also over a kill and a second start."""
+
+    def __init__(self, watch: Watch, path: Path) -> None:
+        self._watch, self._path = watch, path
+        self.series: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Recorder:
+        lines = self._path.read_text().split("\n")[:-1] if self._path.exists() else []
+        self.series = [json.loads(line) for line in lines]
+        self._file = self._path.open("w")
+        self._file.writelines(line + "\n" for line in lines)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+
+    def __call__(self, *, done: int, total: int, **values: float) -> None:
+        row = {"step": done, "time_ms": int(time.time() * 1000), "values": values}
+        if values:
+            while self.series and self.series[-1]["step"] >= done:  # steps that are done again after a kill
+                self.series.pop()
+            self.series.append(row)
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        self._watch(row, total)
+
+
+def _save_curve(stage: Stage, out: Path, series: list[dict[str, Any]]) -> None:
+    """The series as `curve.csv` for DVC's plots: no times, only what is a function of the inputs."""
+    if "curve.csv" not in stage.outs:
+        return
+    with (out / "curve.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=["step", *(series[0]["values"] if series else ())])
+        writer.writeheader()
+        writer.writerows({"step": row["step"], **row["values"]} for row in series)
+
+
+# Workspace -----------------------------------------------------------------------------------------------------------
+
+
+def export(workspace: Workspace, entry: Entry) -> None:
+    """Put a stage's result into the workspace, where it is not there already.
+
+    Raises:
+        DamagedEntry: the payload is not what was written.
+    """
+    stage = STAGES[entry.manifest["identity"]["stage"]]
+    stale = {part: path for part, path in stage.outs.items() if not _holds(workspace.root / path, entry.parts[part])}
+    if stale:
+        entry.verify()
+    for part, path in stale.items():
+        place(entry.payload / part, workspace.root / path)
+
+
+def exported(workspace: Workspace, entry: Entry) -> bool:
+    """Whether the workspace holds the result already."""
+    stage = STAGES[entry.manifest["identity"]["stage"]]
+    return all(_holds(workspace.root / path, entry.parts[part]) for part, path in stage.outs.items())
+
+
+def adopt(workspace: Workspace, job: Job) -> Entry:
+    """Make the workspace's outs of a stage, which DVC vouches for, an entry of the store."""
+    stage = STAGES[job.stage]
+    with workspace.store.lock(job.key), workspace.store.writing(job.key) as out:
+        for part, path in stage.outs.items():
+            place(workspace.root / path, out / part)
+        metrics = {
+            k: v for k, v in json.loads((out / "metrics.json").read_text()).items() if isinstance(v, float | int)
+        }
+        return workspace.store.commit(job.key, out, job.identity, metrics=metrics, series=[], perf={}, adopted=True)
+
+
+def clear(workspace: Workspace, stage: Stage) -> None:
+    """Remove a stage's outs from the workspace."""
+    for path in stage.outs.values():
+        remove(workspace.root / path)
+
+
+def _holds(path: Path, digest: str) -> bool:
+    try:
+        return digest_path(path) == digest
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def alone(workspace: Workspace) -> Iterator[None]:
+    """Be the only pipeline in this checkout: two with different parameters would overwrite each other's outs.
+
+    Raises:
+        UserError: another one is running here.
+    """
+    path = workspace.root / ".rlhf" / "workspace.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{workspace.root}: another run (process {file.read().strip() or 'unknown'}) works in this checkout; "
+                "wait for it, or use a second clone"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

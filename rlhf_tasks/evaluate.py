@@ -1,0 +1,202 @@
+"""The evaluate stage: SFT against Actor on held-out prompts, paired by prompt. Pure: it reads no registry."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from rlhf_tasks.data.tables import TokenColumn, read_table
+from rlhf_tasks.errors import UserError
+from rlhf_tasks.models import (
+    load_actor,
+    load_score_statistics,
+    load_scorer,
+    load_tokenizer,
+    response_logits,
+    set_up_torch,
+    stop_ids,
+)
+from rlhf_tasks.ppo.experience import Episodes, per_token
+from rlhf_tasks.ppo.functional import response_logprobs
+from rlhf_tasks.ppo.iteration import distinct_bigrams
+from rlhf_tasks.ppo.rollout import Sampling, ended, sample_responses
+from rlhf_tasks.reward import score_texts
+from rlhf_tasks.seeds import derive_seed, permutation
+from rlhf_tasks.training import Progress, length_batches
+
+if TYPE_CHECKING:
+    from rlhf_tasks import config
+
+BATCH_TOKENS = 8192
+ROLLOUT_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One model's answers to the N held-out prompts, with what was measured of each."""
+
+    episodes: Episodes
+    texts: list[str]
+    scores: np.ndarray
+    judged: np.ndarray | None
+    lengths: np.ndarray
+
+
+def run(
+    *,
+    seed: int,
+    runtime: config.Runtime,
+    generation: config.Generation,
+    evaluate: config.Evaluate,
+    prompts: Path,
+    sft: Path,
+    reward: Path,
+    actor: Path,
+    out: Path,
+    partial: Path,
+    progress: Progress,
+) -> dict[str, float]:
+    """Compare the two models; leave `metrics.json` and `samples.jsonl` (every prompt with both answers) in `out`.
+
+    Raises:
+        UserError: there are fewer held-out prompts than `evaluate.prompts` asks for.
+    """
+    device, tokenizer = set_up_torch(runtime), load_tokenizer(sft)
+    questions = heldout_prompts(prompts, evaluate.prompts, seed)
+    scorer = load_scorer(reward, device)
+    models = {"sft": load_actor(sft, device), "actor": load_actor(actor, device)}
+    answers = {}
+    for done, (name, model) in enumerate(models.items()):
+        progress(done=done, total=len(models))
+        answers[name] = answer(model, questions, scorer, tokenizer, generation, evaluate.judge, seed)
+    kl = sequence_kl(models["actor"], models["sft"], answers["actor"].episodes, tokenizer, generation.temperature)
+    _, score_std = load_score_statistics(reward)
+    metrics = compare(answers["sft"], answers["actor"], kl, score_std, evaluate.bootstrap, seed)
+    progress(done=len(models), total=len(models))
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    save_samples(out / "samples.jsonl", questions, answers, kl, tokenizer)
+    return metrics
+
+
+def heldout_prompts(prompts: Path, count: int, seed: int) -> list[list[int]]:
+    """`count` held-out prompts, encoded, in an order that belongs to the seed."""
+    column = TokenColumn(read_table(prompts / "heldout.arrow"), "input_ids")
+    if len(column) < count:
+        raise UserError(
+            f"evaluate.prompts: found {count}, but the data has only {len(column)} held-out prompts; "
+            "lower it, raise data.heldout, or add prompts"
+        )
+    return [list(column[i]) for i in permutation(len(column), seed, "evaluate", "prompts")[:count]]
+
+
+def answer(
+    model: Any,
+    questions: list[list[int]],
+    scorer: Any,
+    tokenizer: Any,
+    generation: config.Generation,
+    judge: str | None,
+    seed: int,
+) -> Answers:
+    """Sample one response to each prompt, with the same draws for every model, and measure it."""
+    sampling = Sampling.of(generation, stop_ids(model, tokenizer, generation.stop), tokenizer.pad_token_id)
+    responses: list[list[int]] = []
+    for start in range(0, len(questions), ROLLOUT_ROWS):
+        chunk = questions[start : start + ROLLOUT_ROWS]
+        responses += sample_responses(model, chunk, sampling, (seed, "evaluate", "sampling", start))
+    rows = [[*q, *r] for q, r in zip(questions, responses, strict=True)]
+    device, scores = next(scorer.parameters()).device, np.zeros(len(rows))
+    with torch.no_grad():
+        for batch in length_batches([len(row) for row in rows], BATCH_TOKENS):
+            scores[batch] = score_texts(scorer, [rows[i] for i in batch], tokenizer.pad_token_id, device).cpu().numpy()
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    judged = np.array([vader(text) for text in texts]) if judge == "vader" else None
+    episodes = Episodes(questions, responses, ended(responses, sampling.stop_ids))
+    return Answers(episodes, texts, scores, judged, np.array([len(r) for r in responses], dtype=float))
+
+
+@torch.no_grad()
+def sequence_kl(model: Any, anchor: Any, episodes: Episodes, tokenizer: Any, temperature: float) -> np.ndarray:
+    """k1 estimate of KL(model ‖ anchor) of each response, summed over its tokens, in nats, `[N]`."""
+    device = next(model.parameters()).device
+
+    def difference(batch: Any) -> tuple[torch.Tensor, ...]:
+        logprobs = [
+            response_logprobs(
+                response_logits(m, batch.input_ids, batch.attention_mask, batch.tokens.shape[1]),
+                batch.tokens,
+                temperature,
+            )
+            for m in (model, anchor)
+        ]
+        return (logprobs[0] - logprobs[1],)
+
+    (kl,) = per_token(difference, 1, episodes, BATCH_TOKENS, tokenizer.pad_token_id, device)
+    return kl.sum(1).cpu().numpy()
+
+
+def compare(
+    sft: Answers, actor: Answers, kl: np.ndarray, score_std: float, resamples: int, seed: int
+) -> dict[str, float]:
+    """All numbers of `metrics.json`; gains are paired by prompt, intervals are 95 % bootstrap."""
+    metrics: dict[str, float] = {"prompts": float(len(kl))}
+    for name, answers in (("sft", sft), ("actor", actor)):
+        metrics |= {
+            f"{name}_score": float(answers.scores.mean()),
+            f"{name}_length": float(answers.lengths.mean()),
+            f"{name}_eos_rate": float(np.mean(answers.episodes.ended)),
+            f"{name}_distinct_bigrams": distinct_bigrams(answers.episodes.responses),
+        }
+        if answers.judged is not None:
+            metrics[f"{name}_judge"] = float(answers.judged.mean())
+    gain = (actor.scores - sft.scores) / score_std
+    metrics |= interval("score_gain", gain, resamples, seed)
+    metrics["win_rate"] = float(np.mean(gain > 0) + np.mean(gain == 0) / 2)
+    if sft.judged is not None and actor.judged is not None:
+        metrics |= interval("judge_gain", actor.judged - sft.judged, resamples, seed)
+    metrics |= interval("kl_sequence", kl, resamples, seed)
+    metrics["length_ratio"] = metrics["actor_length"] / metrics["sft_length"]
+    return metrics
+
+
+def interval(name: str, values: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
+    """Mean of N values with its 95 % percentile bootstrap interval (Efron 1979): `name`, `name_low`, `name_high`."""
+    random = np.random.Generator(np.random.Philox(derive_seed(seed, "evaluate", "bootstrap", name)))
+    means = values[random.integers(0, len(values), (resamples, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {name: float(values.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def vader(text: str) -> float:
+    """Compound sentiment of a text in -1 to 1, by the rules of Hutto and Gilbert 2014."""
+    return _analyzer().polarity_scores(text)["compound"]
+
+
+@cache
+def _analyzer() -> Any:
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer()
+
+
+def save_samples(
+    path: Path, questions: list[list[int]], answers: dict[str, Answers], kl: np.ndarray, tokenizer: Any
+) -> None:
+    """One JSON line a prompt: both answers, their scores and judgements, the Actor's KL."""
+    prompts = tokenizer.batch_decode(questions, skip_special_tokens=True)
+    with path.open("w", encoding="utf-8") as file:
+        for i, prompt in enumerate(prompts):
+            row: dict[str, Any] = {"prompt": prompt}
+            for name, side in answers.items():
+                row[name] = tokenizer.decode(side.episodes.responses[i], skip_special_tokens=True)
+                row[f"{name}_score"] = round(float(side.scores[i]), 6)
+                if side.judged is not None:
+                    row[f"{name}_judge"] = float(side.judged[i])
+            row["kl"] = round(float(kl[i]), 6)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

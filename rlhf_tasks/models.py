@@ -1,0 +1,188 @@
+"""Making, loading and saving the four models, and the two forward passes that everything uses.
+
+Actor and Ref are causal language models; Reward and Critic are sequence classifiers with one label. All run with
+dropout off, in float32, from safetensors; code from a model's folder is never run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from rlhf_tasks.errors import UserError
+from rlhf_tasks.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from rlhf_tasks import config
+
+SCORE_STATISTICS = "score_statistics.json"
+
+
+def set_up_torch(runtime: config.Runtime) -> torch.device:
+    """Fix what changes bits: thread count and algorithms. Returns the device.
+
+    Raises:
+        UserError: a GPU was asked for and there is none.
+    """
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("runtime.device: found `cuda`, but torch sees no GPU here; set it to `cpu`")
+    torch.set_num_threads(runtime.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch.device(runtime.device)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder, padding on the left."""
+    return AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True, trust_remote_code=False)
+
+
+def new_actor(model: config.Model, tokenizer: Any, seed: int) -> Any:
+    """The model that SFT starts from: a small random Llama, or a local folder's weights.
+
+    Raises:
+        UserError: the folder holds no causal language model, or fewer embeddings than the tokenizer has tokens.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "sft", "weights"))
+        if model.base == "scratch":
+            actor = LlamaForCausalLM(_scratch_config(model.scratch, tokenizer))
+        else:
+            actor = _load(AutoModelForCausalLM, Path(model.base))
+            if len(tokenizer) > actor.get_input_embeddings().num_embeddings:
+                actor.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return _ready(actor, tokenizer)
+
+
+def load_actor(folder: Path, device: torch.device) -> Any:
+    """An Actor or Ref from a checkpoint folder."""
+    return _load(AutoModelForCausalLM, folder).to(device).eval()
+
+
+def load_scorer(folder: Path, device: torch.device) -> Any:
+    """A Reward or Critic from a checkpoint folder."""
+    return _load(AutoModelForSequenceClassification, folder, num_labels=1).to(device).eval()
+
+
+def new_reward(sft: Path, tokenizer: Any, seed: int, device: torch.device) -> Any:
+    """The SFT model's trunk with a new scalar head."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "reward", "weights"))
+        reward = _load(AutoModelForSequenceClassification, sft, num_labels=1)
+    return _ready(reward, tokenizer).to(device)
+
+
+def freeze(model: Any) -> Any:
+    """Take a model out of training."""
+    return model.eval().requires_grad_(False)
+
+
+def save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
+    """Write a Hugging Face folder: config, safetensors and, if given, the tokenizer."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def load_score_statistics(reward: Path) -> tuple[float, float]:
+    """Mean and standard deviation of the Reward's scores on SFT samples."""
+    statistics = json.loads((reward / SCORE_STATISTICS).read_text())
+    return statistics["mean"], statistics["std"]
+
+
+def stop_ids(model: Any, tokenizer: Any, stop: str | None) -> list[int]:
+    """Every token that ends a response: the tokenizer's and the model's EOS, and the configured stop token.
+
+    Raises:
+        UserError: `generation.stop` is not one token of this tokenizer.
+    """
+    configured = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+    if stop is not None:
+        tokens = tokenizer.encode(stop, add_special_tokens=False)
+        if len(tokens) != 1:
+            raise UserError(
+                f"generation.stop: found {stop!r}, which is {len(tokens)} tokens; expected a text that is one token"
+            )
+        ids.add(tokens[0])
+    return sorted(ids)
+
+
+def response_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+    """Logits that predict the last `length` columns: `[B, P + T] -> [B, T, V]`, T = `length`."""
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+        logits_to_keep=length + 1,
+    )
+    return output.logits[:, :-1]
+
+
+def token_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The scalar head's output at every place: `[B, L] -> [B, L]`."""
+    trunk = getattr(model, model.base_model_prefix)
+    hidden = trunk(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+    ).last_hidden_state
+    return model.score(hidden).squeeze(-1)
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions counted over real tokens only, so padding on the left changes nothing: `[B, L] -> [B, L]`."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _scratch_config(scratch: config.Scratch, tokenizer: Any) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=scratch.hidden_size,
+        intermediate_size=scratch.intermediate_size,
+        num_hidden_layers=scratch.layers,
+        num_attention_heads=scratch.heads,
+        num_key_value_heads=scratch.heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _load(kind: Any, folder: Path, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{folder}: not a loadable {kind.__name__[9:]} folder with safetensors weights: {first}"
+        ) from error
+
+
+def _ready(model: Any, tokenizer: Any) -> Any:
+    """Pad id as the tokenizer says, dropout off."""
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.eval()

@@ -1,0 +1,167 @@
+"""Phase 2, evaluation, and the experience made from it: scores, KL, rewards, values, advantages, returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlhf_tasks.data.batching import Batch, collate
+from rlhf_tasks.models import response_logits, token_scores
+from rlhf_tasks.ppo.functional import (
+    assemble_rewards,
+    entropy,
+    gae,
+    kl_full,
+    kl_per_token,
+    masked_whiten,
+    response_logprobs,
+)
+from rlhf_tasks.training import length_batches
+
+if TYPE_CHECKING:
+    from rlhf_tasks import config
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """What a rollout leaves: B prompts, B responses, and whether each response ended by itself."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    ended: list[bool]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of prompt and response together, B of them."""
+        return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
+
+    def batch(self, rows: Sequence[int], pad_id: int, device: torch.device) -> Batch:
+        """Some episodes as padded tensors."""
+        return collate([self.prompts[i] for i in rows], [self.responses[i] for i in rows], pad_id, device)
+
+
+@dataclass(frozen=True)
+class Experience:
+    """All that optimization reads, fixed for the iteration. Every tensor is `[B, T]` but `scores`, `[B]`.
+
+    `advantages` are as the Actor's loss uses them; `raw_advantages` are before whitening.
+    """
+
+    mask: Tensor
+    scores: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor
+    old_values: Tensor
+    rewards: Tensor
+    raw_advantages: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def rows(self, rows: Sequence[int], width: int) -> Experience:
+        """Some episodes of it, cut to their own width: tensors `[b, t]`."""
+        cut = {f.name: getattr(self, f.name)[rows] for f in fields(self)}
+        return Experience(**{name: x if x.dim() == 1 else x[:, :width] for name, x in cut.items()})
+
+
+def make_experience(
+    episodes: Episodes,
+    *,
+    actor: Any,
+    ref: Any,
+    reward: Any,
+    critic: Any,
+    kl_coef: float,
+    ppo: config.PPO,
+    temperature: float,
+    score_statistics: tuple[float, float],
+    pad_id: int,
+) -> tuple[Experience, Tensor]:
+    """Turn episodes into experience. Returns it and the Reward's raw scores `[B]`."""
+
+    def over(measure: Callable[[Batch], tuple[Tensor, ...]], names: int) -> list[Tensor]:
+        return per_token(measure, names, episodes, ppo.micro_batch_tokens, pad_id, next(actor.parameters()).device)
+
+    def policies(batch: Batch) -> tuple[Tensor, ...]:
+        logits = _logits(actor, batch)
+        ref_logits = _logits(ref, batch)
+        old = response_logprobs(logits, batch.tokens, temperature)
+        anchor = response_logprobs(ref_logits, batch.tokens, temperature)
+        if ppo.kl.estimator == "full":
+            kl = kl_full(logits / temperature, ref_logits / temperature)
+        else:
+            kl = kl_per_token(old, anchor, ppo.kl.estimator)
+        return old, anchor, entropy(logits, temperature), kl
+
+    old_logprobs, ref_logprobs, entropies, kl = over(policies, 4)
+    (old_values,) = over(lambda batch: (response_values(critic, batch),), 1)
+    (token_score,) = over(lambda batch: (response_scores(reward, batch),), 1)
+    mask = response_masks(episodes).to(old_logprobs.device)
+    raw_scores = token_score.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
+    scores = shape_scores(raw_scores, episodes.ended, ppo, score_statistics)
+    rewards = assemble_rewards(scores, kl, mask, kl_coef)
+    if ppo.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False)
+    raw_advantages, returns = gae(old_values, rewards, mask, ppo.gamma, ppo.lam)
+    advantages = masked_whiten(raw_advantages, mask) if ppo.whiten_advantages else raw_advantages
+    experience = Experience(
+        mask, scores, old_logprobs, ref_logprobs, entropies, old_values, rewards, raw_advantages, advantages, returns
+    )
+    return experience, raw_scores
+
+
+def shape_scores(raw: Tensor, ended: list[bool], ppo: config.PPO, statistics: tuple[float, float]) -> Tensor:
+    """The score that PPO maximises, from the Reward's raw one: kind, missing-EOS rule, clip. `[B] -> [B]`."""
+    mean, std = statistics
+    kinds = {"raw": raw, "normalised": (raw - mean) / std, "sigmoid": torch.sigmoid(raw)}
+    scores, rule = kinds[ppo.score.kind], ppo.missing_eos
+    cut = ~torch.tensor(ended, device=raw.device)
+    if rule.mode == "replace":
+        scores = torch.where(cut, rule.value, scores)
+    elif rule.mode == "subtract":
+        scores = torch.where(cut, scores - rule.value, scores)
+    return scores if ppo.score.clip is None else scores.clamp(-ppo.score.clip, ppo.score.clip)
+
+
+@torch.no_grad()
+def per_token(
+    measure: Callable[[Batch], tuple[Tensor, ...]],
+    names: int,
+    episodes: Episodes,
+    micro_batch_tokens: int,
+    pad_id: int,
+    device: torch.device,
+) -> list[Tensor]:
+    """Run `measure` over micro-batches of similar length; its `names` results `[b, t]` are put together as `[B, T]`."""
+    width = max(len(response) for response in episodes.responses)
+    whole = [torch.zeros(len(episodes.responses), width, device=device) for _ in range(names)]
+    for rows in length_batches(episodes.lengths, micro_batch_tokens):
+        batch = episodes.batch(rows, pad_id, device)
+        for target, part in zip(whole, measure(batch), strict=True):
+            target[rows, : part.shape[1]] = part * batch.mask
+    return whole
+
+
+def response_masks(episodes: Episodes) -> Tensor:
+    """1 on every response's tokens up to and including its EOS or stop token, `[B, T]`."""
+    lengths = torch.tensor([len(response) for response in episodes.responses])
+    return (torch.arange(int(lengths.max()))[None, :] < lengths[:, None]).long()
+
+
+def response_values(critic: Any, batch: Batch) -> Tensor:
+    """V_t for every response token: the Critic at the place that predicts it, the state before the action. `[b, t]`."""
+    start = batch.prompt_width - 1
+    return token_scores(critic, batch.input_ids, batch.attention_mask)[:, start : start + batch.tokens.shape[1]]
+
+
+def response_scores(reward: Any, batch: Batch) -> Tensor:
+    """The Reward's output at every response token itself, `[b, t]`; the score is the one at the last."""
+    return token_scores(reward, batch.input_ids, batch.attention_mask)[:, batch.prompt_width :]
+
+
+def _logits(model: Any, batch: Batch) -> Tensor:
+    return response_logits(model, batch.input_ids, batch.attention_mask, batch.tokens.shape[1])

@@ -1,0 +1,188 @@
+"""One PPO iteration, top to bottom: rollout, evaluation, experience, optimization.
+
+An iteration is a pure function of the state before it: Actor, Critic, both optimizers, β. Every draw comes from a seed
+derived from (run seed, iteration, purpose).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlhf_tasks.data.batching import TokenRow
+from rlhf_tasks.ppo.experience import Episodes, Experience, make_experience
+from rlhf_tasks.ppo.functional import (
+    AdaptiveKL,
+    FixedKL,
+    explained_variance,
+    masked_mean,
+    masked_var,
+)
+from rlhf_tasks.ppo.optimization import Learner, optimize
+from rlhf_tasks.ppo.rollout import Sampling, ended, sample_responses
+from rlhf_tasks.seeds import permutation
+
+if TYPE_CHECKING:
+    from rlhf_tasks import config
+
+
+@dataclass
+class PPOState:
+    """What an iteration changes."""
+
+    actor: Learner
+    critic: Learner
+    kl: FixedKL | AdaptiveKL
+    iteration: int = 0
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What stays as it is: the frozen models, the prompts, how responses are drawn and scored."""
+
+    ref: Any
+    reward: Any
+    prompts: Sequence[TokenRow]
+    sampling: Sampling
+    score_statistics: tuple[float, float]
+
+
+def iterate(state: PPOState, fixed: Fixed, ppo: config.PPO, seed: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Run the next iteration, changing `state` in place.
+
+    Returns:
+        Its metrics (docs/metrics.md), a function of the state alone, and its timings in seconds.
+    """
+    iteration, clock = state.iteration + 1, Clock()
+    names = (seed, "ppo", iteration)
+
+    prompts = pick_prompts(fixed.prompts, ppo.batch, seed, iteration)
+    responses = sample_responses(state.actor.model, prompts, fixed.sampling, (*names, "sampling"))
+    episodes = Episodes(prompts, responses, ended(responses, fixed.sampling.stop_ids))
+    clock.lap("rollout")
+
+    experience, raw_scores = make_experience(
+        episodes,
+        actor=state.actor.model,
+        ref=fixed.ref,
+        reward=fixed.reward,
+        critic=state.critic.model,
+        kl_coef=state.kl.coef,
+        ppo=ppo,
+        temperature=fixed.sampling.temperature,
+        score_statistics=fixed.score_statistics,
+        pad_id=fixed.sampling.pad_id,
+    )
+    clock.lap("experience")
+
+    set_learning_rates(state, ppo)
+    learned = optimize(
+        episodes,
+        experience,
+        actor=state.actor,
+        critic=state.critic,
+        ppo=ppo,
+        temperature=fixed.sampling.temperature,
+        update_actor=iteration > ppo.critic_warmup,
+        pad_id=fixed.sampling.pad_id,
+        seed_names=names,
+    )
+    clock.lap("optimization")
+
+    metrics = rollout_metrics(episodes, experience, raw_scores, state.kl.coef) | learned
+    metrics["policy/learning_rate"] = state.actor.optimizer.param_groups[0]["lr"]
+    state.kl.update(metrics["objective/kl"], ppo.batch)
+    state.iteration = iteration
+    tokens = sum(len(response) for response in responses)
+    return metrics, clock.seconds | {"response_tokens": float(tokens)}
+
+
+def pick_prompts(prompts: Sequence[TokenRow], batch: int, seed: int, iteration: int) -> list[list[int]]:
+    """The iteration's B prompts: every pass over the prompts has its own order, and no prompt twice."""
+    first = (iteration - 1) * batch
+    orders: dict[int, list[int]] = {}
+    picked = []
+    for place in range(first, first + batch):
+        epoch, i = divmod(place, len(prompts))
+        if epoch not in orders:
+            orders[epoch] = permutation(len(prompts), seed, "ppo", "prompts", epoch)
+        picked.append(list(prompts[orders[epoch][i]]))
+    return picked
+
+
+def set_learning_rates(state: PPOState, ppo: config.PPO) -> None:
+    """The schedule's rates for the next iteration. Its length is its own: extending a run changes no past iteration."""
+    factor = schedule_factor(ppo.schedule.kind, state.iteration, ppo.schedule.total)
+    for learner, rate in ((state.actor, ppo.actor_learning_rate), (state.critic, ppo.critic_learning_rate)):
+        for group in learner.optimizer.param_groups:
+            group["lr"] = rate * factor
+
+
+def schedule_factor(kind: str, done: int, total: int | None) -> float:
+    """1 at the start; `linear` and `cosine` fall to 0 after `total` iterations."""
+    if kind == "constant" or total is None:
+        return 1.0
+    left = max(0.0, 1 - done / total)
+    return left if kind == "linear" else (1 - math.cos(math.pi * left)) / 2
+
+
+def rollout_metrics(episodes: Episodes, experience: Experience, raw_scores: Tensor, kl_coef: float) -> dict[str, float]:
+    """Statistics of the rollout and its experience, before any update (docs/metrics.md)."""
+    x, mask = experience, experience.mask
+    kl = torch.where(mask.bool(), x.old_logprobs - x.ref_logprobs, 0.0)
+    counted = mask.bool()
+    lengths = mask.sum(1).float()
+    raw = x.raw_advantages[counted]
+    total_reward = torch.where(counted, x.rewards, 0.0).sum(1)
+    numbers = {
+        "objective/score": raw_scores.mean(),
+        "objective/score_std": raw_scores.std(unbiased=False),
+        "objective/shaped_score": x.scores.mean(),
+        "objective/kl": kl.sum(1).mean(),
+        "objective/kl_per_token": masked_mean(kl, mask),
+        "objective/kl_coef": torch.tensor(kl_coef),
+        "objective/non_score_reward": (total_reward - x.scores).mean(),
+        "objective/rlhf_reward": total_reward.mean(),
+        "objective/entropy": masked_mean(x.entropy, mask),
+        "advantage/mean": raw.mean(),
+        "advantage/std": raw.std(unbiased=False),
+        "advantage/min": raw.min(),
+        "advantage/max": raw.max(),
+        "advantage/used_mean": masked_mean(x.advantages, mask),
+        "advantage/used_std": masked_var(x.advantages, mask, unbiased=False).sqrt(),
+        "advantage/explained_variance": explained_variance(x.old_values, x.returns, mask),
+        "value/mean": masked_mean(x.old_values, mask),
+        "value/return_mean": masked_mean(x.returns, mask),
+        "value/return_std": masked_var(x.returns, mask, unbiased=False).sqrt(),
+        "response/length": lengths.mean(),
+        "response/length_std": lengths.std(unbiased=False),
+        "response/eos_rate": torch.tensor(episodes.ended).float().mean(),
+        "response/distinct_bigrams": torch.tensor(distinct_bigrams(episodes.responses)),
+    }
+    return {name: float(number) for name, number in numbers.items()}
+
+
+def distinct_bigrams(responses: Sequence[Sequence[int]]) -> float:
+    """Different token bigrams as a share of all, over the responses together (Li et al. 2016); 0 when there is none."""
+    bigrams = [pair for response in responses for pair in pairwise(response)]
+    return len(set(bigrams)) / max(1, len(bigrams))
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"{phase}_seconds"] = now - self._last
+        self._last = now

@@ -1,0 +1,113 @@
+"""The ppo stage: folders in, folders out, around the iterations of `rlhf_tasks/ppo`.
+
+An iteration is a task of its own: it starts from the state that its parent left and leaves the next. Between tasks of
+one process the live state stays in memory, known by its digest, so nothing is read back that is still there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file, save_file
+
+from rlhf_tasks.data.tables import TokenColumn, read_table
+from rlhf_tasks.models import (
+    freeze,
+    load_actor,
+    load_score_statistics,
+    load_scorer,
+    load_tokenizer,
+    save_model,
+    set_up_torch,
+    stop_ids,
+)
+from rlhf_tasks.ppo.functional import AdaptiveKL, FixedKL
+from rlhf_tasks.ppo.iteration import Fixed, PPOState, iterate
+from rlhf_tasks.ppo.optimization import Learner
+from rlhf_tasks.ppo.rollout import Sampling
+from rlhf_tasks.training import adamw, load_optimizer_tensors, optimizer_tensors
+
+if TYPE_CHECKING:
+    from rlhf_tasks import config
+
+
+@dataclass
+class Trainer:
+    """The four models in memory, and everything an iteration needs."""
+
+    state: PPOState
+    fixed: Fixed
+    ppo: config.PPO
+    seed: int
+
+    @classmethod
+    def load(
+        cls,
+        *,
+        seed: int,
+        runtime: config.Runtime,
+        generation: config.Generation,
+        ppo: config.PPO,
+        prompts: Path,
+        sft: Path,
+        reward: Path,
+        parent: Path | None,
+    ) -> Trainer:
+        """From an iteration's saved state (`parent`), or, before the first, from the SFT and Reward checkpoints."""
+        device, tokenizer = set_up_torch(runtime), load_tokenizer(sft)
+        actor = load_actor(parent / "actor" if parent else sft, device)
+        critic = load_scorer(parent / "critic" if parent else reward, device)
+        state = PPOState(
+            actor=Learner(actor, adamw(actor.parameters(), ppo.actor_learning_rate)),
+            critic=Learner(critic, adamw(critic.parameters(), ppo.critic_learning_rate)),
+            kl=FixedKL(ppo.kl.coef)
+            if ppo.kl.controller == "fixed"
+            else AdaptiveKL(ppo.kl.coef, ppo.kl.target, ppo.kl.horizon),
+        )
+        fixed = Fixed(
+            ref=freeze(load_actor(sft, device)),
+            reward=freeze(load_scorer(reward, device)),
+            prompts=TokenColumn(read_table(prompts / "train.arrow"), "input_ids"),
+            sampling=Sampling.of(generation, stop_ids(actor, tokenizer, generation.stop), tokenizer.pad_token_id),
+            score_statistics=load_score_statistics(reward),
+        )
+        if parent:
+            load_state(parent, state)
+        return cls(state, fixed, ppo, seed)
+
+    def step(self, out: Path) -> tuple[dict[str, float], dict[str, float]]:
+        """Run the next iteration and save its state. Returns its metrics and its timings in seconds."""
+        metrics, timings = iterate(self.state, self.fixed, self.ppo, self.seed)
+        save_state(out, self.state)
+        return metrics, timings
+
+
+def save_state(out: Path, state: PPOState) -> None:
+    """Write Actor, Critic, both optimizers, β and the counter: safetensors and JSON only."""
+    save_model(state.actor.model, out / "actor")
+    save_model(state.critic.model, out / "critic")
+    for name, learner in (("actor", state.actor), ("critic", state.critic)):
+        save_file(optimizer_tensors(learner.optimizer), out / f"{name}_optimizer.safetensors")
+    (out / "state.json").write_text(json.dumps({"iteration": state.iteration, "kl_coef": state.kl.coef}))
+
+
+def load_state(folder: Path, state: PPOState) -> None:
+    """Put back what `save_state` wrote beside the models."""
+    for name, learner in (("actor", state.actor), ("critic", state.critic)):
+        load_optimizer_tensors(learner.optimizer, load_file(folder / f"{name}_optimizer.safetensors"))
+    facts = json.loads((folder / "state.json").read_text())
+    state.iteration, state.kl.coef = facts["iteration"], facts["kl_coef"]
+
+
+def run(*, state: Path, sft: Path, last: dict[str, float], out: Path) -> dict[str, float]:
+    """Make the stage's result from the last iteration's state: `actor/`, `critic/` and `metrics.json` in `out`."""
+    tokenizer = load_tokenizer(sft)
+    for name in ("actor", "critic"):
+        shutil.copytree(state / name, out / name, copy_function=shutil.copyfile)
+        tokenizer.save_pretrained(out / name)
+    (out / "metrics.json").write_text(json.dumps(last, indent=1))
+    return last

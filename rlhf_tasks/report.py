@@ -1,0 +1,89 @@
+"""The end of a run in words and tables, read from `metrics/*.json` and the samples alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Table = tuple[str, list[str], list[list[str]]]
+
+_SAMPLES = "Held-out prompts, both answers"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tables of text, and the lines that follow them."""
+
+    tables: list[Table]
+    notes: list[str]
+
+    def is_text(self, title: str) -> bool:
+        """Whether a table holds prose rather than numbers."""
+        return title == _SAMPLES
+
+
+def make_report(root: Path, examples: int) -> Report:
+    """Everything the workspace has metrics for; stages that have not run leave no table."""
+    tables, notes = [], []
+    reward, evaluation, register = (_read(root / f"metrics/{name}.json") for name in ("reward", "evaluate", "register"))
+    if reward:
+        tables.append(_reward_table(reward))
+    if evaluation:
+        tables.append(_evaluation_table(evaluation))
+        tables.append(_samples_table(root / "samples/evaluate.jsonl", examples))
+    if register:
+        for rule, outcome in register["gate"].items():
+            verdict = "passed" if outcome["passed"] else "FAILED"
+            notes.append(f"gate: {rule} {verdict} (found {outcome['found']:.3f}, limit {outcome['limit']:.3f})")
+    return Report(tables, notes)
+
+
+def headline(stage: str, metrics: dict[str, float]) -> str:
+    """The one or two numbers that say how a stage went."""
+    forms = {
+        "prepare": "{sft_train:.0f} SFT rows, {pairs_train:.0f} pairs, {prompts_train:.0f} prompts to train on",
+        "sft": "held-out perplexity {heldout_perplexity:.1f} a token",
+        "reward": "held-out accuracy {accuracy:.3f} [{accuracy_low:.3f}, {accuracy_high:.3f}]",
+        "ppo": "score {objective/score:+.2f}, KL {objective/kl:.2f}, explained {advantage/explained_variance:.2f}",
+        "evaluate": "gain {score_gain:+.2f} sd [{score_gain_low:+.2f}, {score_gain_high:+.2f}] at KL {kl_sequence:.2f}",
+    }
+    try:
+        return forms.get(stage, "").format_map(metrics)
+    except KeyError:
+        return ""
+
+
+def _reward_table(m: dict[str, Any]) -> Table:
+    rows = [["all", f"{m['pairs']:.0f}", f"{m['accuracy']:.3f} [{m['accuracy_low']:.3f}, {m['accuracy_high']:.3f}]"]]
+    rows += [[gap, str(part["pairs"]), f"{part['accuracy']:.3f}"] for gap, part in m["accuracy_by_gap"].items()]
+    return ("Reward model on held-out pairs", ["rating gap", "pairs", "accuracy [95 % interval]"], rows)
+
+
+def _evaluation_table(m: dict[str, Any]) -> Table:
+    def gain(name: str) -> str:
+        return f"{m[name]:+.3f} [{m[name + '_low']:+.3f}, {m[name + '_high']:+.3f}]"
+
+    rows = [["reward score", f"{m['sft_score']:.3f}", f"{m['actor_score']:.3f}", gain("score_gain") + " sd"]]
+    if "judge_gain" in m:
+        rows.append(["VADER of the whole text", f"{m['sft_judge']:.3f}", f"{m['actor_judge']:.3f}", gain("judge_gain")])
+    rows += [
+        ["KL to SFT, nats a response", "0", f"{m['kl_sequence']:.2f}", ""],
+        ["response length, tokens", f"{m['sft_length']:.1f}", f"{m['actor_length']:.1f}", f"x {m['length_ratio']:.2f}"],
+        ["EOS rate", f"{m['sft_eos_rate']:.2f}", f"{m['actor_eos_rate']:.2f}", ""],
+        ["distinct bigrams", f"{m['sft_distinct_bigrams']:.3f}", f"{m['actor_distinct_bigrams']:.3f}", ""],
+        ["win rate over SFT", "0.500", f"{m['win_rate']:.3f}", ""],
+    ]
+    title = f"SFT against Actor on {m['prompts']:.0f} held-out prompts"
+    return (title, ["", "SFT", "Actor", "gain [95 % interval]"], rows)
+
+
+def _samples_table(path: Path, examples: int) -> Table:
+    with path.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for _, line in zip(range(examples), file, strict=False)]
+    return (_SAMPLES, ["prompt", "SFT", "Actor"], [[row["prompt"], row["sft"], row["actor"]] for row in rows])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,267 @@
+"""Digests, and the content-addressed store of finished work: `.rlhf/store/<key>/`.
+
+The store is disposable: deleting it costs time, never results. An entry is a manifest (small JSON) and a payload
+(safetensors, Arrow and JSON files, prunable). It is written to a temporary folder, synced and renamed, so a
+half-written entry never looks whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+
+
+class DamagedEntry(RuntimeError):
+    """An entry's payload is not what its manifest says: it must be made again."""
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no white space, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, as 64 hexadecimal digits."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_path(path: Path) -> str:
+    """The digest of a file, or of a folder: SHA-256 over its files' relative names and digests.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+    """
+    if path.is_file():
+        return _remembered_digest(path)
+    if not path.is_dir():
+        raise FileNotFoundError(path)
+    return digest_json({name: _remembered_digest(path / name) for name in _files(path)})
+
+
+def _remembered_digest(path: Path) -> str:
+    """A workspace file is read once a process, and again when its inode, size or time of change says so."""
+    facts = path.stat()
+    return _digest_of(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=100_000)
+def _digest_of(path: Path, *_facts: int) -> str:
+    return digest_file(path)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """What crosses a task boundary: whose result it is, where it lies in the store, and its content's digest."""
+
+    stage: str
+    path: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished piece of work in the store."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def payload(self) -> Path:
+        return self.folder / "payload"
+
+    @property
+    def digest(self) -> str:
+        """The digest of the whole payload."""
+        return self.manifest["digest"]
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Digest of each top-level file or folder of the payload, as `digest_path` gives it."""
+        return self.manifest["parts"]
+
+    @property
+    def ref(self) -> Ref:
+        return Ref(self.manifest["identity"]["stage"], self.folder.name, self.digest)
+
+    def has_payload(self) -> bool:
+        """Whether every file is there with the right size: enough for a hit that nobody reads."""
+        return all(
+            (path := self.payload / name).is_file() and path.stat().st_size == facts["size"]
+            for name, facts in self.manifest["files"].items()
+        )
+
+    def verify(self) -> None:
+        """Compare every file with its SHA-256.
+
+        Raises:
+            DamagedEntry: a file is missing or differs.
+        """
+        for name, facts in self.manifest["files"].items():
+            path = self.payload / name
+            if not path.is_file() or digest_file(path) != facts["sha256"]:
+                raise DamagedEntry(f"{path}: missing or not what was written there")
+
+    def prune(self) -> None:
+        """Delete the payload, keep the manifest."""
+        shutil.rmtree(self.payload, ignore_errors=True)
+
+
+class Store:
+    """Entries by key under one folder, which several processes may share."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in ("locks", "partial", "tmp"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+
+    def find(self, key: str) -> Entry | None:
+        """The entry of a key, if its manifest is whole; its payload may have been pruned."""
+        folder = self.root / key
+        try:
+            manifest = json.loads((folder / "manifest.json").read_bytes())
+            if manifest["schema"] == SCHEMA and manifest["key"] == key and _names_are_safe(manifest["files"]):
+                return Entry(folder, manifest)
+            log.warning("%s: a foreign or older manifest, ignored; the work is done again", folder)
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s: a damaged manifest, ignored; the work is done again", folder)
+        return None
+
+    def discard(self, key: str) -> None:
+        """Remove an entry, whatever its state."""
+        with contextlib.suppress(FileNotFoundError):
+            doomed = self.root / "tmp" / f"{key}.{uuid.uuid4().hex}"
+            (self.root / key).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def partial(self, key: str) -> Path:
+        """The folder in which unfinished work on a key keeps what it needs to go on after a kill."""
+        return self.root / "partial" / key
+
+    @contextlib.contextmanager
+    def writing(self, key: str) -> Iterator[Path]:
+        """A fresh folder to fill with a payload; `commit` makes it an entry, leaving without it drops it."""
+        folder = self.root / "tmp" / f"{key}.{uuid.uuid4().hex}"
+        (folder / "payload").mkdir(parents=True)
+        try:
+            yield folder / "payload"
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def commit(self, key: str, payload: Path, identity: dict[str, Any], **record: Any) -> Entry:
+        """Make a filled payload the entry of a key: digests, manifest, sync, rename.
+
+        Args:
+            identity: all that the key was made from.
+            record: what else the manifest keeps, such as `metrics`, `series` and `perf`.
+        """
+        files = {
+            name: {"size": (payload / name).stat().st_size, "sha256": digest_file(payload / name)}
+            for name in _files(payload)
+        }
+        digests = {name: facts["sha256"] for name, facts in files.items()}
+        parts: dict[str, Any] = {}
+        for top in sorted({name.split("/")[0] for name in files}):
+            inner = {name[len(top) + 1 :]: sha for name, sha in digests.items() if name.startswith(top + "/")}
+            parts[top] = digest_json(inner) if inner else digests[top]
+        manifest = {"schema": SCHEMA, "key": key, "identity": identity, "digest": digest_json(digests)}
+        manifest |= {"parts": parts, "files": files} | record
+        folder = payload.parent
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, allow_nan=False))
+        for name in files:
+            (payload / name).chmod(0o444)
+        _sync(folder)
+        self.discard(key)
+        folder.rename(self.root / key)
+        _sync_folder(self.root)
+        shutil.rmtree(self.partial(key), ignore_errors=True)
+        return Entry(self.root / key, manifest)
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold a lock that the system drops with its process. Waits for whoever else works on the same key."""
+        with (self.root / "locks" / name).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.warning("waiting: another process is working on the same result (%s)", name[:12])
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def place(source: Path, target: Path) -> None:
+    """Put a file or folder of the store into the workspace, hard-linked where the file system can, else copied."""
+    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, staging, copy_function=_link_or_copy)
+    else:
+        _link_or_copy(str(source), str(staging))
+    remove(target)
+    staging.rename(target)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _names_are_safe(files: dict[str, Any]) -> bool:
+    """No file name of a foreign manifest may leave its entry's folder."""
+    return all(not name.startswith("/") and not re.search(r"(^|/)\.\.(/|$)", name) for name in files)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,166 @@
+"""The one supervised loop that SFT and reward training share, and the state on disk that PPO shares with it.
+
+It resumes in the middle of an epoch to the bit: the data order is a function of the seed and the epoch, so weights,
+optimizer and the number of the next step are all its state.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf_tasks.seeds import permutation
+
+if TYPE_CHECKING:
+    from rlhf_tasks import config
+
+SAVE_EVERY_SECONDS = 30
+ADAM_EPS = 1e-5
+BATCHES_A_WINDOW = 50
+
+
+class Progress(Protocol):
+    """Told of every step: `progress(done=3, total=10, loss=0.7)`. Calls with values become the stage's curve."""
+
+    def __call__(self, *, done: int, total: int, **values: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """A batch's loss, to be minimised, and what to show of it."""
+
+    loss: Tensor
+    shown: dict[str, float]
+
+
+def fit(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[list[int]], BatchLoss],
+    lengths: Sequence[int],
+    settings: config.Supervised,
+    *,
+    seed_names: tuple[str | int, ...],
+    partial: Path,
+    progress: Progress,
+) -> None:
+    """Train for `settings.epochs` passes over rows of the given lengths, going on from `partial` if it holds a state.
+
+    Args:
+        loss_of: the loss of the rows with the given numbers.
+        lengths: tokens in each row.
+        seed_names: what the data order's seeds are derived from.
+        partial: where the state of unfinished training is kept; the caller deletes it when the result is safe.
+    """
+    plan = [
+        (epoch, batch)
+        for epoch in range(settings.epochs)
+        for batch in shuffled_batches(lengths, settings.batch_tokens, (*seed_names, "order", epoch))
+    ]
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    step, saved_at = load_training_state(partial, model, optimizer), time.monotonic()
+    while step < len(plan):
+        for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+            group["lr"] = rate * warmup_and_decay(step, len(plan), settings.warmup_fraction)
+        epoch, batch = plan[step]
+        result = loss_of(batch)
+        optimizer.zero_grad(set_to_none=True)
+        result.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        step += 1
+        values = {"loss": result.loss.item(), **result.shown, "grad_norm": norm.item(), "epoch": epoch + 1}
+        progress(done=step, total=len(plan), **values, learning_rate=optimizer.param_groups[0]["lr"])
+        if time.monotonic() - saved_at > SAVE_EVERY_SECONDS and step < len(plan):
+            save_training_state(partial, model, optimizer, step)
+            saved_at = time.monotonic()
+
+
+def warmup_and_decay(step: int, total: int, warmup_fraction: float) -> float:
+    """Learning-rate factor of a step: a linear rise over the first part, then a linear fall towards 0."""
+    warmup = max(1, round(total * warmup_fraction))
+    return min((step + 1) / warmup, (total - step) / max(1, total - warmup + 1))
+
+
+def shuffled_batches(lengths: Sequence[int], budget: int, seed_names: tuple[str | int, ...]) -> list[list[int]]:
+    """Row numbers in batches of at most `budget` padded tokens, in an order that belongs to the seed.
+
+    Rows of similar length meet within windows of the shuffled order: little padding, and still a random order.
+    """
+    order = permutation(len(lengths), *seed_names)
+    mean = sum(lengths) / max(1, len(lengths))
+    window = max(1, int(BATCHES_A_WINDOW * budget / max(1.0, mean)))
+    batches: list[list[int]] = []
+    for start in range(0, len(order), window):
+        rows = order[start : start + window]
+        batches.extend([rows[i] for i in batch] for batch in length_batches([lengths[r] for r in rows], budget))
+    return [batches[i] for i in permutation(len(batches), *seed_names, "batches")]
+
+
+def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Row numbers by length, cut so that rows x longest row stays within `budget` tokens; one row always fits."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda r: (lengths[r], r)):
+        if batches and (len(batches[-1]) + 1) * lengths[row] <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def adamw(groups: Iterable[Any], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW as PPO implementations use it: eps 1e-5 (Huang et al. 2024, detail 3.2)."""
+    return torch.optim.AdamW(groups, lr=learning_rate, eps=ADAM_EPS, weight_decay=weight_decay, fused=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "") -> dict[str, Tensor]:
+    """An optimizer's state as named tensors: `0.exp_avg`, `0.exp_avg_sq`, `0.step`, ..."""
+    state = optimizer.state_dict()["state"]
+    return {f"{prefix}{index}.{name}": tensor for index, slots in state.items() for name, tensor in slots.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "") -> None:
+    """Put `optimizer_tensors` back; hyper-parameters stay those the optimizer was made with."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(prefix):
+            index, name = key.removeprefix(prefix).split(".")
+            state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_training_state(partial: Path, model: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Replace the state of unfinished training; a kill at any moment leaves the old one or the new one."""
+    folder = partial / f"step-{step:08d}"
+    writing = partial / "writing"
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, writing / "model.safetensors")
+    save_file(optimizer_tensors(optimizer), writing / "optimizer.safetensors")
+    (writing / "state.json").write_text(json.dumps({"step": step}))
+    writing.rename(folder)
+    for old in partial.glob("step-*"):
+        if old != folder:
+            shutil.rmtree(old)
+
+
+def load_training_state(partial: Path, model: Any, optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest state of unfinished training, if there is one. Returns the number of steps that it has done."""
+    folders = sorted(partial.glob("step-*"))
+    if not folders:
+        return 0
+    weights = load_file(folders[-1] / "model.safetensors")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    load_optimizer_tensors(optimizer, load_file(folders[-1] / "optimizer.safetensors"))
+    return int(json.loads((folders[-1] / "state.json").read_text())["step"])

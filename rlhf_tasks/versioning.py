@@ -1,0 +1,104 @@
+"""DVC: the one module that talks to it. It writes dvc.yaml, asks what is out of date, and records finished stages.
+
+python -m rlhf_tasks.versioning     write dvc.yaml from the table of stages and params.yaml
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from rlhf_tasks.closure import import_closure
+from rlhf_tasks.config import Params, load_params
+from rlhf_tasks.engine import external_inputs
+from rlhf_tasks.errors import UserError
+from rlhf_tasks.stages import STAGES, Stage
+
+HEADER = """\
+# Generated from rlhf_tasks/stages.py and params.yaml by `make dvc.yaml`: edit those, not this file.
+# A stage's deps are what it reads and the code that it runs (its import closure).
+"""
+PLOTS = {
+    "plots/sft.csv": ("SFT loss", ["loss"]),
+    "plots/reward.csv": ("Reward model", ["loss", "accuracy"]),
+    "plots/ppo.csv": ("PPO", ["objective/score", "objective/kl", "advantage/explained_variance", "response/length"]),
+}
+
+
+def pipeline_yaml(params: Params) -> str:
+    """The text of dvc.yaml."""
+    document = {
+        "stages": {stage.name: _stage_entry(stage, params) for stage in STAGES.values()},
+        "metrics": [stage.metrics for stage in STAGES.values()],
+        "plots": [
+            {f"{title}: {column}": {"x": "step", "y": {path: column}}}
+            for path, (title, columns) in PLOTS.items()
+            for column in columns
+        ],
+    }
+    yaml, text = YAML(), io.StringIO()
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.width = 120
+    yaml.dump(document, text)
+    return HEADER + text.getvalue()
+
+
+def update_pipeline(root: Path, params: Params) -> bool:
+    """Write dvc.yaml if it is not what `params` and the stages say. Returns whether it changed."""
+    path, text = root / "dvc.yaml", pipeline_yaml(params)
+    if path.exists() and path.read_text() == text:
+        return False
+    path.write_text(text)
+    return True
+
+
+def inside_stage() -> bool:
+    """Whether DVC itself runs this process as a stage; then DVC records it, and must not be asked anything."""
+    return bool(os.environ.get("DVC_STAGE"))
+
+
+def outdated_stages(root: Path) -> set[str]:
+    """Stages whose dvc.lock entry does not match the workspace.
+
+    Raises:
+        UserError: DVC is not set up here, or cannot say.
+    """
+    changed = json.loads(_dvc(root, "status", "--json") or "{}")
+    return {name for name in changed if name in STAGES}
+
+
+def record(root: Path, stage: Stage) -> None:
+    """Write a finished stage into dvc.lock and its outs into DVC's cache."""
+    _dvc(root, "--wait-for-lock", "commit", "--force", stage.name)
+
+
+def _dvc(root: Path, *arguments: str) -> str:
+    if not (root / ".dvc").is_dir():
+        raise UserError(f"{root}: not a DVC project; run `dvc init` there (with `--no-scm` where there is no git)")
+    command = [sys.executable, "-m", "dvc", *arguments]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no reason given"]
+        raise UserError(f"`dvc {' '.join(arguments)}` failed: {reason[0].removeprefix('ERROR: ')}")
+    return done.stdout
+
+
+def _stage_entry(stage: Stage, params: Params) -> dict[str, Any]:
+    return {
+        "cmd": f"rlhf stage {stage.name}",
+        "deps": sorted([*stage.inputs.values(), *external_inputs(params, stage), *import_closure(stage.module)]),
+        "params": list(stage.sections),
+        "outs": list(stage.outs.values()),
+    }
+
+
+if __name__ == "__main__":
+    here = Path.cwd()
+    update_pipeline(here, load_params(here / "params.yaml"))

@@ -1,0 +1,208 @@
+"""What many tests start from: a tiny tokenizer, tiny models, and a small project in which the stages run in seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gzip
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_tasks import config, engine
+from rlhf_tasks.config import load_params, set_params
+from rlhf_tasks.data.encoding import train_tokenizer
+from rlhf_tasks.engine import Workspace
+from rlhf_tasks.models import SCORE_STATISTICS, load_actor, load_scorer, new_actor, new_reward, save_model
+from rlhf_tasks.stages import STAGES
+from rlhf_tasks.store import Entry
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+SENTENCES = [
+    "A warm and funny film, and a rare one.",
+    "The film is dull, the jokes are old and the ending is a mess.",
+    "An old story, told with warmth and with a rare sense of fun.",
+    "The acting is fine, but the story is a mess.",
+    "A dull and overlong mess of a film.",
+]
+PARAMS = """\
+seed: 0
+runtime:
+  threads: 1
+data:
+  sources:
+    - kind: ratings
+      path: data/raw/ratings.jsonl  # the first of the shipped ones
+  template: none
+  heldout: 0.3
+  max_prompt_tokens: 16
+  max_response_tokens: 40
+model:
+  scratch: {vocab_size: 300, hidden_size: 32, intermediate_size: 64, layers: 2, heads: 2}
+generation:
+  max_new_tokens: 6
+sft: {epochs: 1, learning_rate: 2.0e-3, batch_tokens: 1024}
+reward: {epochs: 1, learning_rate: 1.0e-3, batch_tokens: 1024, statistics_samples: 16}
+ppo:
+  iterations: 2
+  batch: 8
+  epochs: 2
+  minibatches: 2
+  micro_batch_tokens: 128
+  actor_learning_rate: 1.0e-3
+  critic_learning_rate: 1.0e-3
+evaluate: {prompts: 16, judge: vader, bootstrap: 200}
+"""
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_dvc_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests may themselves run under DVC, whose variables would move every store."""
+    for name in ("DVC_ROOT", "DVC_STAGE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """A byte-level BPE of 300 tokens at most: `<pad>` 0, `<eos>` 1."""
+    return train_tokenizer(SENTENCES, 300, ())
+
+
+@pytest.fixture(scope="session")
+def tiny_actor(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of an Actor with 2 layers of 32, sharper than a fresh one, so that mistakes show."""
+    scratch = config.Scratch(vocab_size=300, hidden_size=32, intermediate_size=64, layers=2, heads=2)
+    folder = tmp_path_factory.mktemp("tiny-actor")
+    save_model(_sharpened(new_actor(config.Model(scratch=scratch), tokenizer, seed=0)), folder, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_scorer(tiny_actor: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a Reward with the trunk of `tiny_actor`, and score statistics."""
+    folder = tmp_path_factory.mktemp("tiny-scorer")
+    model = new_reward(tiny_actor, tokenizer, 0, CPU)
+    with torch.no_grad():
+        model.score.weight.mul_(10)
+    save_model(model, folder, tokenizer)
+    (folder / SCORE_STATISTICS).write_text(json.dumps({"mean": 0.5, "std": 2.0, "samples": 16}))
+    return folder
+
+
+@dataclass
+class Four:
+    """The four models of PPO, each different from the others."""
+
+    actor: Any
+    ref: Any
+    reward: Any
+    critic: Any
+
+
+@pytest.fixture(scope="session")
+def _four(tiny_actor: Path, tiny_scorer: Path) -> Four:
+    actor, ref = (load_actor(tiny_actor, CPU) for _ in range(2))
+    reward, critic = (load_scorer(tiny_scorer, CPU) for _ in range(2))
+    return Four(_disturbed(actor, 1), ref, reward, _disturbed(critic, 2))
+
+
+@pytest.fixture
+def four(_four: Four) -> Four:
+    """Actor, Ref, Reward and Critic in memory, fresh for each test: the Actor has gone some way from Ref."""
+    return copy.deepcopy(_four)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Workspace]:
+    """Makes small projects: `workspace("ppo.iterations=3")` is a new folder with a params.yaml and 400 rated texts."""
+
+    def make(*assignments: str) -> Workspace:
+        root = tmp_path_factory.mktemp("project")
+        (root / "params.yaml").write_text(PARAMS)
+        set_params(root / "params.yaml", list(assignments))
+        (root / "data/raw").mkdir(parents=True)
+        with gzip.open(REPOSITORY / "data/raw/movie_reviews.jsonl.gz", "rt", encoding="utf-8") as shipped:
+            lines = itertools.islice(shipped, 400)
+            (root / "data/raw/ratings.jsonl").write_text("".join(lines), encoding="utf-8")
+        return Workspace(root, load_params(root / "params.yaml"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_stages() -> Callable[..., dict[str, Entry]]:
+    """Runs stages as the flows do, without them: `run_stages(workspace, "prepare", "sft")` gives their entries."""
+
+    def run(workspace: Workspace, *names: str, watch: engine.Watch = lambda row, total: None) -> dict[str, Entry]:
+        entries = {}
+        with contextlib.chdir(workspace.root):  # sources are named relative to the project's folder
+            for name in names or [name for name in STAGES if name != "register"]:
+                job = engine.plan(workspace, STAGES[name])
+                if name == "ppo":
+                    entries[name] = engine.finish_ppo(workspace, job, iterations(workspace))
+                else:
+                    entries[name] = engine.perform(workspace, job, watch)
+                engine.export(workspace, entries[name])
+        return entries
+
+    def iterations(workspace: Workspace) -> list[Entry]:
+        chain = engine.known_iterations(workspace)
+        del chain[engine.usable_iterations(chain) :]
+        while len(chain) < workspace.params.ppo.iterations:
+            parent = chain[-1] if chain else None
+            job = engine.plan_iteration(workspace, len(chain) + 1, parent)
+            chain.append(engine.perform_iteration(workspace, job, parent))
+        return chain
+
+    return run
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A project with every stage but register done, and the entries of the stages."""
+
+    workspace: Workspace
+    entries: dict[str, Entry]
+
+
+@pytest.fixture(scope="session")
+def finished(workspace: Callable[..., Workspace], run_stages: Callable[..., dict[str, Entry]]) -> Finished:
+    """One project for all tests that only read it."""
+    project = workspace()
+    return Finished(project, run_stages(project))
+
+
+@pytest.fixture
+def finished_copy(finished: Finished, tmp_path: Path) -> Iterator[Workspace]:
+    """A copy of the finished project, store included, to change at will."""
+    import shutil
+
+    root = tmp_path / "copy"
+    shutil.copytree(finished.workspace.root, root)
+    yield Workspace(root, finished.workspace.params)
+
+
+def _sharpened(model: Any) -> Any:
+    """Weights of a size at which tokens, positions and layers matter as in a trained model."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return model
+
+
+def _disturbed(model: Any, seed: int) -> Any:
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=random))
+    return model

@@ -1,0 +1,130 @@
+"""Which source feeds what, and that no text ends up on both sides of the split."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_tasks.config import Ratings
+from rlhf_tasks.data.contracts import Dropped, Text, drop_leaks, is_heldout, whole_text
+from rlhf_tasks.data.feedback import Feedback
+from rlhf_tasks.data.formats import Asked, Conversation, Example, Instruction, Message, Preference, Rated
+
+RATINGS = Ratings(min_gap=0.5)
+short = st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map(" ".join)
+scores = st.integers(-4, 4).map(float)
+records = st.one_of(
+    st.builds(Example, short, short.map(" {}".format)),
+    st.builds(Preference, short, short.map(" {}".format), short.map(" {} ".format), st.just(0.0)),
+    st.builds(Rated, st.none() | short, short, st.tuples(scores)),
+    st.builds(Asked, short),
+)
+
+
+def gather(rows, heldout=0.5, template="none", seed=0):
+    feedback = Feedback(template, None, heldout)
+    for row in rows:
+        feedback.add(row)
+    feedback.finish(seed, RATINGS)
+    return feedback
+
+
+def sides(rows, texts):
+    """The texts of the training rows and of the held-out rows, blind to white space."""
+    both = {False: set(), True: set()}
+    for row in rows:
+        both[row.heldout].update(" ".join(text.split()) for text in texts(row))
+    return both
+
+
+@given(st.lists(records, max_size=30), st.sampled_from([0.2, 0.5, 0.8]), st.sampled_from(["none", "alpaca"]))
+def test_no_text_is_on_both_sides(rows, heldout, template):
+    feedback = gather(rows, heldout, template)
+    prompts = sides(feedback.prompts, lambda row: [row.prompt])
+    assert prompts[False].isdisjoint(prompts[True])
+    sft = sides(feedback.sft, lambda row: [row.prompt + row.response])
+    pairs = sides(feedback.pairs, lambda row: [row.prompt + row.chosen, row.prompt + row.rejected])
+    assert (sft[False] | pairs[False]).isdisjoint(sft[True] | pairs[True])
+
+
+@given(st.lists(records, max_size=15), st.lists(records, max_size=15))
+def test_new_rows_move_no_text_to_the_other_side(rows, more):
+    before, after = gather(rows), gather(rows + more)
+    for table in ("sft", "prompts"):
+        old = {row[:-2]: row.heldout for row in getattr(before, table)}
+        new = {row[:-2]: row.heldout for row in getattr(after, table)}
+        assert all(old[key] == new[key] for key in old.keys() & new.keys() if new[key])
+
+
+def test_the_split_takes_its_share_and_knows_nothing_of_the_seed():
+    names = [f"text number {i}" for i in range(4000)]
+    assert 0.18 < sum(is_heldout(name, 0.2) for name in names) / 4000 < 0.22
+    assert all(is_heldout(name, 0.5) for name in names if is_heldout(name, 0.2))
+    rows = [Rated(None, name, (float(i % 5),)) for i, name in enumerate(names[:300])]
+    first, second = (gather(rows, seed=seed) for seed in (0, 1))
+    assert {r.prompt + r.response: r.heldout for r in first.sft} == {
+        r.prompt + r.response: r.heldout for r in second.sft
+    }
+    assert [row.prompt for row in first.sft] != [row.prompt for row in second.sft]
+
+
+def test_one_prompt_is_on_one_side_whatever_shape_it_comes_in():
+    for asked in ("Who are you?", "Add 1 and 1.", "Name a colour."):
+        talk = Conversation((Message("user", asked),))
+        rows = [Asked(asked), Asked(talk), Example(Instruction(asked, ""), "Me"), Preference(talk, "a", "b", 0.0)]
+        feedback = gather([*rows, Rated(asked, "c", (1.0,))])
+        assert len({row.heldout for table in (feedback.sft, feedback.pairs, feedback.prompts) for row in table}) == 1
+
+
+def test_sources_feed_what_the_design_says():
+    example, pair, rated = Example("p", " r"), Preference("q", " good", " bad", 0.0), Rated(None, "a b c d", (1.0,))
+    assert [row.response for row in gather([example, pair]).sft] == [" r"]
+    assert [row.response for row in gather([pair]).sft] == [" good"]
+    assert {row.prompt for row in gather([example, pair]).prompts} == {"p", "q"}
+    assert [row.prompt for row in gather([example, pair, Asked("x")]).prompts] == ["x"]
+    assert [(row.prompt + row.response) for row in gather([rated, example]).sft] == ["p r", "a b c d"]
+    assert gather([Rated(None, "Good", (1.0,))]).too_short == 1
+
+
+def test_conversations_keep_their_space_in_pairs_and_examples():
+    talk = Conversation((Message("user", "Hello"),))
+    feedback = gather([Preference(talk, "Hi", "Yo", 0.0), Example(talk, "Hi")])
+    assert feedback.pairs[0][:3] == ("\n\nHuman: Hello\n\nAssistant:", " Hi", " Yo")
+    assert feedback.sft[0].response == " Hi"
+
+
+def test_duplicates_are_dropped_and_counted():
+    pair = Preference("q", " good", " bad", 0.0)
+    rated = [Rated(None, "a b c", (1.0,)), Rated(None, "a b c", (2.0,))]
+    feedback = gather(
+        [Example("p", " r"), Example("p", " r"), pair, pair._replace(margin=1.0), Asked("x"), Asked("x"), *rated]
+    )
+    assert feedback.dropped == {"sft": Dropped(2), "pairs": Dropped(1), "prompts": Dropped(1)}
+    assert [len(table) for table in (feedback.sft, feedback.pairs, feedback.prompts)] == [2, 1, 1]
+    assert feedback.pairs[0].margin == 0.0, "the first one is kept"
+    different = gather([Example("1+1", "2"), Example("1+12", "")])
+    assert len(different.sft) == 2 or different.dropped["sft"].leaks == 1
+
+
+def test_pairs_that_contradict_each_other_are_both_dropped():
+    rows = [Preference("q", " a", " b", 0.0), Preference("q", " b", " a", 1.0), Preference("r", " a", " b", 0.0)]
+    feedback = gather(rows)
+    assert [row.prompt for row in feedback.pairs] == ["r"]
+    assert feedback.dropped["pairs"] == Dropped(contradictions=2)
+
+
+def test_a_training_row_with_a_heldout_text_is_dropped_and_counted():
+    """A rated text is split by its whole, an example by its prompt: the same text may come from both."""
+    texts = [f"number {i} is a fine film" for i in range(40)]
+    rows = [Rated(None, text, (float(i % 9) - 4,)) for i, text in enumerate(texts)]
+    rows += [Example(text.removesuffix(" is a fine film"), "  is a  fine film") for text in texts]
+    feedback = gather(rows)
+    crossing = sum(is_heldout(text, 0.5) != is_heldout(text.removesuffix(" is a fine film"), 0.5) for text in texts)
+    assert feedback.dropped["sft"].leaks == crossing > 5
+    assert feedback.dropped["pairs"].leaks > 0
+    assert len({whole_text(None, text) for text in texts}) == 40
+
+
+def test_only_training_rows_leak():
+    rows = [Text("p", " r", side, (b"x",)) for side in (False, True)]
+    dropped = Dropped()
+    assert drop_leaks(rows, {b"x"}, dropped) == rows[1:]
+    assert dropped.leaks == 1

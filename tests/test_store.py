@@ -1,0 +1,372 @@
+"""The store: nothing half-written looks whole, nothing damaged passes for what was written, locks die with processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_tasks import store as store_module
+from rlhf_tasks.store import DamagedEntry, Entry, Ref, Store, canonical_json, digest_file, digest_path, place, remove
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+KEY = "k" * 64
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def fill(folder: Path) -> None:
+    """A payload of a folder with two levels and a file."""
+    (folder / "model/deep").mkdir(parents=True)
+    (folder / "model/config.json").write_text("{}")
+    (folder / "model/deep/weights.bin").write_bytes(bytes(range(256)))
+    (folder / "metrics.json").write_text('{"loss": 1.0}')
+
+
+def commit(store: Store, key: str = KEY, fill: Callable[[Path], None] = fill, **record: Any) -> Entry:
+    with store.writing(key) as payload:
+        fill(payload)
+        return store.commit(key, payload, {"stage": "sft"}, **record)
+
+
+def damage(path: Path, at: int = 0) -> None:
+    """Flip a bit: the size stays what it was."""
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@contextmanager
+def process(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Another process, which has printed a line."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        assert child.stdout.readline()
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+        child.stdin.close()
+        child.stdout.close()
+
+
+# Entries -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_committed_is_found_again(store: Store) -> None:
+    made = commit(store, metrics={"loss": 1.0}, series=[])
+    found = Store(store.root).find(KEY)
+    assert found == made
+    assert found.has_payload()
+    found.verify()
+    assert found.ref == Ref("sft", KEY, made.digest)
+    assert found.manifest["metrics"] == {"loss": 1.0}
+    assert (found.payload / "model/deep/weights.bin").read_bytes() == bytes(range(256))
+
+
+def test_the_digest_is_of_the_payload_alone(store: Store) -> None:
+    first = commit(store, metrics={"seconds": 1})
+    assert commit(store, "other", metrics={"seconds": 2}).digest == first.digest
+    assert commit(store, "third", lambda folder: (folder / "a").write_text("a")).digest != first.digest
+
+
+def test_leaving_without_a_commit_leaves_nothing(store: Store) -> None:
+    with pytest.raises(KeyboardInterrupt), store.writing(KEY) as payload:
+        fill(payload)
+        raise KeyboardInterrupt
+    assert store.find(KEY) is None
+    assert list((store.root / "tmp").iterdir()) == []
+
+
+def test_a_commit_replaces_the_entry_and_drops_the_unfinished_work(store: Store) -> None:
+    commit(store, fill=lambda folder: (folder / "old").write_text("old"))
+    store.partial(KEY).mkdir()
+    entry = commit(store)
+    assert store.find(KEY) == entry
+    assert not (entry.payload / "old").exists()
+    assert not store.partial(KEY).exists()
+    assert list((store.root / "tmp").iterdir()) == []
+
+
+def test_a_number_that_json_has_not_is_no_entry(store: Store) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        commit(store, metrics={"loss": float("nan")})
+    assert store.find(KEY) is None
+
+
+WRITES_FOREVER = """
+import sys
+from pathlib import Path
+from rlhf_tasks.store import Store
+
+store = Store(Path(sys.argv[1]))
+print("ready", flush=True)
+for round in range(10**6):
+    with store.writing("k" * 64) as payload:
+        for name in range(20):
+            (payload / f"{name}.bin").write_bytes(bytes([round % 251]) * 20000)
+        store.commit("k" * 64, payload, {"stage": "sft"})
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_entry_or_none(store: Store) -> None:
+    random_moment, seen = random.Random(0), set()
+    for _ in range(8):
+        with process(WRITES_FOREVER, store.root) as writer:
+            time.sleep(random_moment.uniform(0, 0.1))
+            writer.send_signal(signal.SIGKILL)
+        entry = store.find(KEY)
+        seen.add(entry is not None)
+        if entry is not None:
+            assert entry.has_payload()
+            assert len(entry.manifest["files"]) == 20
+            entry.verify()
+    assert True in seen
+    assert commit(store).has_payload()
+
+
+@pytest.mark.parametrize(
+    ("change", "has_payload"),
+    [
+        (lambda payload: damage(payload / "model/deep/weights.bin", 100), True),
+        (lambda payload: (payload / "model/deep/weights.bin").unlink(), False),
+        (lambda payload: os.truncate(payload / "model/deep/weights.bin", 255), False),
+        (lambda payload: shutil.rmtree(payload), False),
+    ],
+    ids=["one bit", "a file missing", "a file cut", "nothing left"],
+)
+def test_damage_is_noticed(store: Store, change: Callable[[Path], None], has_payload: bool) -> None:
+    change(commit(store).payload)
+    entry = store.find(KEY)
+    assert entry is not None
+    assert entry.has_payload() is has_payload
+    with pytest.raises(DamagedEntry, match=str(entry.payload)):
+        entry.verify()
+    commit(store).verify()
+
+
+def test_pruning_keeps_the_manifest(store: Store) -> None:
+    made = commit(store, metrics={"loss": 1.0})
+    made.prune()
+    made.prune()
+    found = store.find(KEY)
+    assert found == made
+    assert not found.has_payload()
+    assert found.manifest["metrics"] == {"loss": 1.0}
+
+
+def test_discarding_removes_the_entry(store: Store) -> None:
+    commit(store)
+    store.discard(KEY)
+    store.discard(KEY)
+    assert store.find(KEY) is None
+    assert list((store.root / "tmp").iterdir()) == []
+
+
+def test_an_unknown_key_is_no_reason_to_warn(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    assert store.find(KEY) is None
+    assert not caplog.records
+
+
+def changed(**parts: Any) -> Callable[[bytes], bytes]:
+    return lambda text: json.dumps(json.loads(text) | parts).encode()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: b"",
+        lambda text: b"\xff\x00" + text,
+        lambda text: b"[]",
+        lambda text: b"null",
+        lambda text: b"{}",
+        changed(schema=0),
+        changed(key="another"),
+        changed(files={"../../params.yaml": {"size": 0, "sha256": ""}}),
+        changed(files={"model/../../x": {"size": 0, "sha256": ""}}),
+        changed(files={"/etc/hostname": {"size": 0, "sha256": ""}}),
+        changed(files=None),
+    ],
+    ids=[
+        "cut",
+        "empty",
+        "no text",
+        "a list",
+        "null",
+        "no fields",
+        "older",
+        "renamed",
+        "..",
+        "a/..",
+        "absolute",
+        "null",
+    ],
+)
+def test_a_manifest_that_is_not_ours_is_ignored_with_a_warning(
+    store: Store, caplog: pytest.LogCaptureFixture, change: Callable[[bytes], bytes]
+) -> None:
+    path = commit(store).folder / "manifest.json"
+    path.write_bytes(change(path.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert store.find(KEY) is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert str(path.parent) in caplog.text
+    assert commit(store) == store.find(KEY)
+
+
+def test_a_name_with_dots_in_it_is_not_foreign(store: Store) -> None:
+    entry = commit(store, fill=lambda folder: (folder / "a..b.json").write_text(""))
+    assert store.find(KEY) == entry
+
+
+# Digests -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_has_one_digest_wherever_and_in_whatever_order_it_was_made(tmp_path: Path) -> None:
+    names = ["b/x", "a", "b/a/y", "c"]
+    for place_, order in (("one", names), ("two/deeper", names[::-1])):
+        for name in order:
+            path = tmp_path / place_ / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(name)
+    digest = digest_path(tmp_path / "one")
+    assert digest_path(tmp_path / "two/deeper") == digest
+    (tmp_path / "one/a").rename(tmp_path / "one/d")
+    assert digest_path(tmp_path / "one") != digest
+
+
+def test_parts_are_what_digest_path_says_of_them_in_the_workspace(store: Store, tmp_path: Path) -> None:
+    entry = commit(store)
+    assert set(entry.parts) == {"model", "metrics.json"}
+    for name, digest in entry.parts.items():
+        place(entry.payload / name, tmp_path / "workspace" / name)
+        assert digest_path(tmp_path / "workspace" / name) == digest
+    assert entry.parts["metrics.json"] == digest_file(entry.payload / "metrics.json")
+
+
+def test_a_rewritten_file_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("one")
+    before = digest_path(path)
+    path.write_text("two")
+    assert digest_path(path) != before
+    assert digest_path(path) == digest_file(path)
+
+
+def test_nothing_has_no_digest(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        digest_path(tmp_path / "nothing")
+
+
+def test_json_has_one_text_for_a_value() -> None:
+    assert canonical_json({"b": [1, 2.5, None], "a": "ü"}) == '{"a":"ü","b":[1,2.5,null]}'
+    with pytest.raises(ValueError, match="JSON"):
+        canonical_json({"a": float("inf")})
+
+
+# Workspace -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["linked", "copied"])
+def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One with hard links, one without."""
+
+    def refuse(source: str, target: str) -> None:
+        raise OSError("no hard links here")
+
+    if request.param == "copied":
+        monkeypatch.setattr(store_module.os, "link", refuse)
+    return request.param
+
+
+def test_placing_replaces_what_was_there(store: Store, tmp_path: Path, file_system: str) -> None:
+    entry, target = commit(store), tmp_path / "checkpoints/model"
+    (target / "deep").mkdir(parents=True)
+    (target / "deep/old").write_text("old")
+    place(entry.payload / "model", target)
+    assert digest_path(target) == entry.parts["model"]
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+    same_file = os.path.samefile(target / "config.json", entry.payload / "model/config.json")
+    assert same_file is (file_system == "linked")
+    place(entry.payload / "metrics.json", target)  # a file where a folder was
+    assert digest_path(target) == entry.parts["metrics.json"]
+
+
+def test_replacing_what_was_placed_does_not_reach_into_the_store(store: Store, tmp_path: Path) -> None:
+    first, second = commit(store), commit(store, "other", lambda folder: (folder / "metrics.json").write_text("new"))
+    place(first.payload / "metrics.json", tmp_path / "metrics.json")
+    place(second.payload / "metrics.json", tmp_path / "metrics.json")
+    assert (tmp_path / "metrics.json").read_text() == "new"
+    first.verify()
+
+
+def test_removing_leaves_what_a_link_points_to(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    remove(tmp_path / "link")
+    remove(tmp_path / "nothing")
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+# Locks ---------------------------------------------------------------------------------------------------------------
+
+HOLDS = """
+import sys
+from pathlib import Path
+from rlhf_tasks.store import Store
+
+with Store(Path(sys.argv[1])).lock("k" * 64):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("end", ["released", "killed"])
+def test_a_lock_makes_the_second_wait_until_the_first_is_done_or_dead(
+    store: Store, caplog: pytest.LogCaptureFixture, end: str
+) -> None:
+    got = threading.Event()
+
+    def second() -> None:
+        with store.lock(KEY):
+            got.set()
+
+    with process(HOLDS, store.root) as first:
+        thread = threading.Thread(target=second, daemon=True)
+        thread.start()
+        assert not got.wait(0.3)
+        assert "another process" in caplog.text
+        if end == "killed":
+            first.send_signal(signal.SIGKILL)
+        else:
+            assert first.stdin is not None
+            first.stdin.write("\n")
+            first.stdin.flush()
+        assert got.wait(30)
+        thread.join()
+
+
+def test_locks_of_different_keys_do_not_meet(store: Store) -> None:
+    with store.lock("one"), store.lock("two"):
+        pass
