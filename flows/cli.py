@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from flows import environment
+from rlhf_tasks.closure import SOURCE_ROOT
 from rlhf_tasks.config import Params, load_params, set_params
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import STAGES
@@ -85,6 +87,7 @@ def status() -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake is one sentence and exit status 2, Ctrl-C is 130."""
+    _run_this_checkout()
     try:
         app()
     except UserError as error:
@@ -93,6 +96,13 @@ def main() -> None:
     except KeyboardInterrupt:
         print("rlhf: stopped; what is finished is kept, `rlhf run` goes on from there", file=sys.stderr)
         sys.exit(130)
+
+
+def _run_this_checkout() -> None:
+    """Run the code of the checkout that one stands in: in a second clone or a DVC experiment it is not the installed."""
+    here = Path.cwd()
+    if (here / "rlhf_tasks").is_dir() and not here.samefile(SOURCE_ROOT) and not sys.flags.safe_path:
+        os.execv(sys.executable, [sys.executable, "-m", "flows.cli", *sys.argv[1:]])
 
 
 def _params(root: Path, assignments: list[str]) -> Params:

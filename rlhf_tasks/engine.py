@@ -260,9 +260,12 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         lines = self._path.read_text().split("\n")[:-1] if self._path.exists() else []
-        self.series = [json.loads(line) for line in lines]
-        self._file = self._path.open("w")
-        self._file.writelines(line + "\n" for line in lines)
+        for line in lines:
+            self._keep(json.loads(line))
+        rewritten = self._path.with_suffix(".new")
+        rewritten.write_text("".join(json.dumps(row) + "\n" for row in self.series))
+        rewritten.replace(self._path)
+        self._file = self._path.open("a")
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -271,12 +274,15 @@ class Recorder:
     def __call__(self, *, done: int, total: int, **values: float) -> None:
         row = {"step": done, "time_ms": int(time.time() * 1000), "values": values}
         if values:
-            while self.series and self.series[-1]["step"] >= done:  # steps that are done again after a kill
-                self.series.pop()
-            self.series.append(row)
+            self._keep(row)
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
         self._watch(row, total)
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        while self.series and self.series[-1]["step"] >= row["step"]:  # steps that are done again after a kill
+            self.series.pop()
+        self.series.append(row)
 
 
 def _save_curve(stage: Stage, out: Path, series: list[dict[str, Any]]) -> None:
@@ -284,7 +290,8 @@ def _save_curve(stage: Stage, out: Path, series: list[dict[str, Any]]) -> None:
     if "curve.csv" not in stage.outs:
         return
     with (out / "curve.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=["step", *(series[0]["values"] if series else ())])
+        columns = dict.fromkeys(name for row in series for name in row["values"])  # a warm-up row has fewer
+        writer = csv.DictWriter(file, fieldnames=["step", *columns])
         writer.writeheader()
         writer.writerows({"step": row["step"], **row["values"]} for row in series)
 

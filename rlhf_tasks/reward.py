@@ -134,8 +134,9 @@ def evaluate_pairs(model: Any, pairs: Pairs, device: torch.device) -> tuple[dict
         "loss": pairwise_loss(chosen, rejected).item(),
         "calibration_error": calibration_error(gap),
         "chosen_longer_share": (longer > 0).float().mean().item(),
-        "scored_longer_higher_share": (gap.sign() == longer.sign()).float()[longer != 0].mean().item(),
     }
+    if longer.any():  # else there is no longer one
+        metrics["scored_longer_higher_share"] = (gap.sign() == longer.sign()).float()[longer != 0].mean().item()
     edges = [0.0, 1.0, 2.0, 3.0, 4.0, math.inf]
     by_gap = {}
     for start, end in pairwise(edges):

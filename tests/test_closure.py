@@ -70,7 +70,7 @@ def test_imports_are_followed_to_the_end_also_in_circles(package: Path) -> None:
 def test_an_edit_of_the_machinery_retrains_nothing(module: str) -> None:
     files = import_closure(module)
     assert f"{module.replace('.', '/')}.py" in files
-    assert "rlhf_tasks/ppo/functional.py" in files
+    assert "rlhf_tasks/models.py" in files
     machinery = ("config", "store", "engine", "stages", "tracking", "registry", "versioning", "report", "closure")
     assert not {f"rlhf_tasks/{name}.py" for name in machinery} & set(files)
 
@@ -99,16 +99,14 @@ def test_training_runs_on_a_bare_machine_and_closures_miss_nothing() -> None:
     )
     expected: set[str] = set()
     for name, loaded in json.loads(done.stdout).items():
-        assert {"prefect", "mlflow", "dvc", "pydantic", "ruamel.yaml"}.isdisjoint(loaded), name
+        assert {"prefect", "mlflow", "dvc"}.isdisjoint(loaded), name
         expected |= set(import_closure(name))
-        ours = [module for module in loaded if module.split(".")[0] == "rlhf_tasks"]
-        files = {Path(sys.modules[m].__file__ or "") if m in sys.modules else _file(m) for m in ours}
-        assert {file.relative_to(REPOSITORY).as_posix() for file in files} == expected, name
+        assert {file_of(module) for module in loaded if module.split(".")[0] == "rlhf_tasks"} <= expected, name
 
 
-def _file(module: str) -> Path:
-    path = REPOSITORY / module.replace(".", "/")
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+def file_of(module: str) -> str:
+    name = module.replace(".", "/")
+    return f"{name}/__init__.py" if (REPOSITORY / name).is_dir() else f"{name}.py"
 
 
 def importers(library: str) -> set[str]:
@@ -129,8 +127,7 @@ def test_each_outside_system_has_its_own_room() -> None:
     prefect = importers("prefect")
     assert prefect
     assert all(file.startswith("flows/") for file in prefect)
-    assert not importers("dvc")
-    assert not importers("ray")
+    assert not importers("dvc")  # it is run, not imported
     assert not importers("pickle")
 
 

@@ -86,10 +86,10 @@ def is_heldout(text: str, fraction: float) -> bool:
 
 
 def drop_duplicates(rows: Iterable[Row], dropped: Dropped) -> list[Row]:
-    """The rows that are not a repetition, to the character, of an earlier one; margins are not compared."""
-    kept: dict[tuple[str, ...], Row] = {}
+    """The rows that do not repeat, to the character, an earlier one of their side; margins are not compared."""
+    kept: dict[tuple[bool, tuple[str, ...]], Row] = {}
     for row in rows:
-        if kept.setdefault(_identity(row), row) is not row:
+        if kept.setdefault((row.heldout, _identity(row)), row) is not row:
             dropped.duplicates += 1
     return list(kept.values())
 

@@ -45,17 +45,20 @@ def test_no_text_is_on_both_sides(rows, heldout, template):
     assert (sft[False] | pairs[False]).isdisjoint(sft[True] | pairs[True])
 
 
-@given(st.lists(records, max_size=15), st.lists(records, max_size=15))
+by_prompt = records.filter(lambda record: not isinstance(record, Rated))
+
+
+@given(st.lists(by_prompt, max_size=15), st.lists(by_prompt, max_size=15))
 def test_new_rows_move_no_text_to_the_other_side(rows, more):
     before, after = gather(rows), gather(rows + more)
     for table in ("sft", "prompts"):
         old = {row[:-2]: row.heldout for row in getattr(before, table)}
         new = {row[:-2]: row.heldout for row in getattr(after, table)}
-        assert all(old[key] == new[key] for key in old.keys() & new.keys() if new[key])
+        assert all(old[key] == new[key] for key in old.keys() & new.keys())
 
 
 def test_the_split_takes_its_share_and_knows_nothing_of_the_seed():
-    names = [f"text number {i}" for i in range(4000)]
+    names = [f"one text of many is number {i}" for i in range(4000)]
     assert 0.18 < sum(is_heldout(name, 0.2) for name in names) / 4000 < 0.22
     assert all(is_heldout(name, 0.5) for name in names if is_heldout(name, 0.2))
     rows = [Rated(None, name, (float(i % 5),)) for i, name in enumerate(names[:300])]
@@ -100,8 +103,7 @@ def test_duplicates_are_dropped_and_counted():
     assert feedback.dropped == {"sft": Dropped(2), "pairs": Dropped(1), "prompts": Dropped(1)}
     assert [len(table) for table in (feedback.sft, feedback.pairs, feedback.prompts)] == [2, 1, 1]
     assert feedback.pairs[0].margin == 0.0, "the first one is kept"
-    different = gather([Example("1+1", "2"), Example("1+12", "")])
-    assert len(different.sft) == 2 or different.dropped["sft"].leaks == 1
+    assert gather([Example("1+1", "2"), Example("1+", "12")]).dropped["sft"].duplicates == 0, "not to the character"
 
 
 def test_pairs_that_contradict_each_other_are_both_dropped():
@@ -121,6 +123,15 @@ def test_a_training_row_with_a_heldout_text_is_dropped_and_counted():
     assert feedback.dropped["sft"].leaks == crossing > 5
     assert feedback.dropped["pairs"].leaks > 0
     assert len({whole_text(None, text) for text in texts}) == 40
+
+
+def test_an_opening_that_both_sides_have_is_a_heldout_prompt():
+    texts = [f"It's a film of number {i}" for i in range(20)]
+    for rows in (texts, texts[::-1]):
+        feedback = gather([Rated(None, text, (1.0,)) for text in rows])
+        assert {row.heldout for row in feedback.prompts if row.prompt == "It's a"} == {True}
+        assert {row.heldout for row in feedback.sft if row.prompt == "It's a"} == {False, True}
+        assert feedback.dropped["prompts"].leaks > 0
 
 
 def test_only_training_rows_leak():

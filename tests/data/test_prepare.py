@@ -200,9 +200,7 @@ def test_a_local_model_brings_its_tokenizer_and_chat_template(tmp_path, preferen
     assert tokenizer.chat_template
     row = rows(tmp_path / "out", "sft/train")[0]
     assert row["prompt"].startswith("<|im_start|>user\nQuestion")
-    assert (
-        tokenizer.decode(row["prompt_ids"]) == row["prompt"][-len("<|im_start|>") - 19 + 1 :][-31:] or row["prompt_ids"]
-    )
+    assert row["prompt"].endswith(tokenizer.decode(row["prompt_ids"]))
     assert len(row["prompt_ids"]) == 20
     assert row["prompt_ids"].count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 1, "cut on the left"
     summary = json.loads((tmp_path / "out" / "metrics.json").read_text())

@@ -1,0 +1,487 @@
+"""Keys say what a result depends on; work is done once, resumes to the bit, and survives damage."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_tasks import engine, training
+from rlhf_tasks.config import load_params, set_params
+from rlhf_tasks.engine import Recorder, Workspace
+from rlhf_tasks.errors import UserError
+from rlhf_tasks.stages import STAGES
+from rlhf_tasks.store import DamagedEntry, Entry, digest_path
+
+Make = Callable[..., Workspace]
+Run = Callable[..., dict[str, Entry]]
+TRAINED = ("prepare", "sft", "reward", "ppo", "evaluate")
+
+
+def with_params(workspace: Workspace, *assignments: str) -> Workspace:
+    """The same checkout after `--set`, seen by a new process."""
+    set_params(workspace.root / "params.yaml", list(assignments))
+    return Workspace(workspace.root, load_params(workspace.root / "params.yaml"))
+
+
+def damage(path: Path) -> None:
+    """Flip a bit in a file of the store, without reaching through hard links into the workspace."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+
+
+# Keys ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sketch(workspace: Make) -> Workspace:
+    """A project in which every stage's outs lie as small stand-ins: enough to plan, nothing was trained."""
+    project = workspace()
+    for stage in STAGES.values():
+        for path in stage.outs.values():
+            target = project.root / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.suffix:
+                target.write_text(path)
+            else:
+                target.mkdir()
+                (target / "file").write_text(path)
+    return project
+
+
+def keys(workspace: Workspace) -> dict[str, str]:
+    return {name: engine.plan(workspace, stage).key for name, stage in STAGES.items()}
+
+
+def differing(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {name for name in before if before[name] != after[name]}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "stages"),
+    [
+        ("seed=1", {"prepare", "sft", "reward", "ppo", "evaluate"}),
+        ("runtime.threads=2", {"sft", "reward", "ppo", "evaluate"}),
+        ("data.ratings.min_gap=2", {"prepare"}),
+        ("model.scratch.layers=1", {"prepare", "sft"}),
+        ("sft.epochs=2", {"sft"}),
+        ("reward.center=0.1", {"reward"}),
+        ("ppo.kl.coef=0.1", {"ppo"}),
+        ("ppo.iterations=3", {"ppo"}),
+        ("evaluate.bootstrap=300", {"evaluate"}),
+        ("register.gate.max_kl=3", {"register"}),
+        ("ppo.kl.coef=0.05", set()),  # its default, now written out
+    ],
+)
+def test_a_parameter_changes_the_keys_of_the_stages_that_read_it(
+    sketch: Workspace, assignment: str, stages: set[str]
+) -> None:
+    before = keys(sketch)
+    assert differing(before, keys(with_params(sketch, assignment))) == stages
+
+
+@pytest.mark.parametrize("section", ["generation", "seed", "runtime"])
+def test_a_shared_section_reaches_the_stages_that_the_table_gives_it(sketch: Workspace, section: str) -> None:
+    change = {"generation": "generation.temperature=0.5", "seed": "seed=9", "runtime": "runtime.threads=3"}[section]
+    expected = {name for name, stage in STAGES.items() if section in stage.sections}
+    assert differing(keys(sketch), keys(with_params(sketch, change))) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "stages"),
+    [
+        ("data/raw/ratings.jsonl", {"prepare"}),
+        ("data/prepared/prompts/file", {"reward", "ppo", "evaluate"}),
+        ("data/prepared/pairs/file", {"reward"}),
+        ("checkpoints/sft/file", {"reward", "ppo", "evaluate"}),
+        ("checkpoints/sft/another", {"reward", "ppo", "evaluate"}),
+        ("checkpoints/reward/file", {"ppo", "evaluate"}),
+        ("checkpoints/actor/file", {"evaluate", "register"}),
+        ("metrics/evaluate.json", {"register"}),
+        ("metrics/sft.json", set()),
+        ("README.md", set()),
+    ],
+)
+def test_an_input_changes_the_keys_of_the_stages_that_read_it(
+    sketch: Workspace, path: str, stages: set[str]
+) -> None:
+    before = keys(sketch)
+    (sketch.root / path).write_text("changed")
+    assert differing(before, keys(sketch)) == stages
+
+
+def test_keys_do_not_depend_on_the_place(sketch: Workspace, tmp_path: Path) -> None:
+    shutil.copytree(sketch.root, tmp_path / "elsewhere")
+    assert keys(Workspace(tmp_path / "elsewhere", sketch.params)) == keys(sketch)
+
+
+def test_the_code_that_a_stage_runs_is_in_its_key(sketch: Workspace) -> None:
+    code = engine.plan(sketch, STAGES["ppo"]).identity["code"]
+    assert {"rlhf_tasks/ppo/functional.py", "rlhf_tasks/ppo_stage.py"} <= set(code)
+    assert "rlhf_tasks/report.py" not in code
+
+
+def test_extending_a_run_changes_no_iteration(sketch: Workspace) -> None:
+    before = engine.plan_iteration(sketch, 1, None).key
+    assert engine.plan_iteration(with_params(sketch, "ppo.iterations=9"), 1, None).key == before
+    assert engine.plan_iteration(with_params(sketch, "ppo.kl.coef=0.1"), 1, None).key != before
+    assert engine.plan_iteration(sketch, 2, None).key != before
+
+
+def test_a_missing_input_names_the_stage_that_makes_it(workspace: Make) -> None:
+    project = workspace()
+    with pytest.raises(UserError, match=r"data/prepared/sft: not found.*made by the stage prepare"):
+        engine.plan(project, STAGES["sft"])
+    (project.root / "data/raw/ratings.jsonl").unlink()
+    with pytest.raises(UserError, match=r"data/raw/ratings\.jsonl: not found.*correct the path in params\.yaml"):
+        engine.plan(project, STAGES["prepare"])
+
+
+def test_the_store_of_a_dvc_experiment_is_its_repositorys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine.state_folder(tmp_path) == tmp_path / ".rlhf"
+    monkeypatch.setenv("DVC_ROOT", "/repository")
+    assert engine.state_folder(tmp_path) == tmp_path / ".rlhf"
+    monkeypatch.setenv("DVC_STAGE", "sft")
+    assert engine.state_folder(tmp_path) == Path("/repository/.rlhf")
+
+
+# Work ----------------------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_from_scratch_give_equal_digests(finished: Any, workspace: Make, run_stages: Run) -> None:
+    """Elsewhere and later: so neither a place nor a clock is in any result."""
+    other = run_stages(workspace())
+    assert {name: entry.digest for name, entry in other.items()} == {
+        name: entry.digest for name, entry in finished.entries.items()
+    }
+    assert {name: entry.manifest["key"] for name, entry in other.items()} == {
+        name: entry.manifest["key"] for name, entry in finished.entries.items()
+    }
+
+
+def test_no_result_holds_a_place_or_a_clock(finished: Any) -> None:
+    root = finished.workspace.root
+    traces = [str(root), str(Path.home()), "time_ms"]
+    for stage in TRAINED:
+        for path in STAGES[stage].outs.values():
+            target = root / path
+            for file in target.rglob("*") if target.is_dir() else [target]:
+                if file.is_file():
+                    assert not [trace for trace in traces if trace.encode() in file.read_bytes()], file
+
+
+def test_results_are_safetensors_arrow_and_text(finished: Any) -> None:
+    names = [path.name for path in (finished.workspace.store.root).rglob("*") if path.is_file()]
+    suffixes = {Path(name).suffix for name in names if not re.fullmatch("[0-9a-f]{64}", name)}
+    assert suffixes <= {".safetensors", ".arrow", ".json", ".jsonl", ".csv"}
+
+
+def test_work_that_is_done_is_not_done_again(finished: Any) -> None:
+    def watch(row: dict[str, Any], total: int) -> None:
+        raise AssertionError("it runs again")
+
+    for name in ("sft", "reward", "evaluate"):
+        job = engine.plan(finished.workspace, STAGES[name])
+        assert engine.perform(finished.workspace, job, watch) == finished.entries[name]
+    parent = None
+    for iteration, entry in enumerate(engine.known_iterations(finished.workspace), 1):
+        job = engine.plan_iteration(finished.workspace, iteration, parent)
+        parent = engine.perform_iteration(finished.workspace, job, parent)
+        assert parent == entry
+
+
+def test_two_at_once_do_the_work_once(workspace: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, rows, entries = workspace(), [], []
+    monkeypatch.chdir(project.root)
+    job = engine.plan(project, STAGES["prepare"])
+
+    def work() -> None:
+        entries.append(engine.perform(project, job, lambda row, total: rows.append(row["step"])))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(entries) == 3
+    assert entries[0] == entries[1] == entries[2]
+    assert len(rows) == len(set(rows))
+
+
+class Kill(BaseException):
+    """As sudden as a signal."""
+
+
+@pytest.fixture
+def saves_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", -1)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize("kills", [[3], [4, 6], [2, 3, 4]])
+def test_a_stage_that_was_killed_goes_on_to_the_same_bits(
+    finished: Any, finished_copy: Workspace, saves_every_step: None, stage: str, kills: list[int]
+) -> None:
+    """The curve included: what was recorded before a kill is neither lost nor told twice."""
+    job = engine.plan(finished_copy, STAGES[stage])
+    finished_copy.store.discard(job.key)
+    steps: list[int] = []
+
+    def watch(row: dict[str, Any], total: int) -> None:
+        steps.append(row["step"])
+        if kills and row["step"] == kills[0]:
+            kills.pop(0)
+            raise Kill
+
+    for _ in list(kills):
+        with pytest.raises(Kill):
+            engine.perform(finished_copy, job, watch)
+        assert finished_copy.store.find(job.key) is None
+    entry = engine.perform(finished_copy, job, watch)
+    assert entry.digest == finished.entries[stage].digest
+    assert [row["step"] for row in entry.manifest["series"]] == list(range(1, max(steps) + 1))
+    assert len(steps) < 2 * max(steps)
+    assert not finished_copy.store.partial(job.key).exists()
+
+
+# The recorder --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def series_file(tmp_path: Path) -> Path:
+    return tmp_path / "series.jsonl"
+
+
+def record(path: Path, *steps: int) -> list[tuple[int, float]]:
+    """A process that records steps and is killed, or ends; what its series is then."""
+    with Recorder(lambda row, total: None, path) as recorder:
+        for step in steps:
+            recorder(done=step, total=9, loss=1 / step)
+        return [(row["step"], row["values"]["loss"]) for row in recorder.series]
+
+
+@pytest.mark.parametrize(
+    "processes",
+    [
+        [[1, 2, 3]],
+        [[1, 2], [3]],
+        [[1, 2, 3], [2, 3]],
+        [[1, 2], [1, 2, 3]],
+        [[1, 2, 3], [2], [3]],  # the second is killed after saving step 2, before it came as far as the first
+        [[1, 2, 3], [1], [2], [], [3]],
+    ],
+)
+def test_the_recorder_keeps_each_step_once(series_file: Path, processes: list[list[int]]) -> None:
+    for steps in processes:
+        series = record(series_file, *steps)
+    assert series == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]
+
+
+def test_the_recorder_drops_a_line_that_a_kill_cut(series_file: Path) -> None:
+    record(series_file, 1, 2)
+    with series_file.open("a") as file:
+        file.write('{"step": 3, "time')
+    assert [step for step, _ in record(series_file, 3)] == [1, 2, 3]
+
+
+def test_the_recorder_shows_what_it_does_not_keep(series_file: Path) -> None:
+    shown: list[tuple[int, int]] = []
+    with Recorder(lambda row, total: shown.append((row["step"], total)), series_file) as recorder:
+        recorder(done=0, total=2)
+        recorder(done=1, total=2, loss=0.5)
+    assert shown == [(0, 2), (1, 2)]
+    assert [row["step"] for row in recorder.series] == [1]
+
+
+# PPO's chain ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chain(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, list[Entry]]:
+    """A copy of the finished project with three iterations that were done in one go, in memory."""
+    root = tmp_path_factory.mktemp("chain") / "project"
+    shutil.copytree(finished.workspace.root, root)
+    project = with_params(Workspace(root, finished.workspace.params), "ppo.iterations=3", "ppo.kl.controller=adaptive")
+    entries: list[Entry] = []
+    for iteration in (1, 2, 3):
+        parent = entries[-1] if entries else None
+        entries.append(engine.perform_iteration(project, engine.plan_iteration(project, iteration, parent), parent))
+    return project, entries
+
+
+@pytest.fixture
+def chain_copy(chain: tuple[Workspace, list[Entry]], tmp_path: Path) -> Workspace:
+    shutil.copytree(chain[0].root, tmp_path / "chain")
+    return Workspace(tmp_path / "chain", chain[0].params)
+
+
+def test_resuming_from_a_saved_state_gives_the_bits_of_going_on(
+    chain: tuple[Workspace, list[Entry]], chain_copy: Workspace
+) -> None:
+    """Three iterations in one go against each in a process of its own, from what its parent saved."""
+    parent = None
+    for iteration, entry in enumerate(chain[1], 1):
+        fresh = Workspace(chain_copy.root, chain_copy.params)
+        fresh.store.discard(entry.manifest["key"])
+        job = engine.plan_iteration(fresh, iteration, parent)
+        parent = engine.perform_iteration(fresh, job, parent)
+        assert job.key == entry.manifest["key"]
+        assert parent.digest == entry.digest
+        assert parent.manifest["metrics"] == entry.manifest["metrics"]
+    assert len({entry.digest for entry in chain[1]}) == 3
+    assert len({entry.manifest["metrics"]["objective/kl_coef"] for entry in chain[1]}) == 3
+
+
+def test_an_iteration_is_stored_with_its_parent_and_its_metrics(chain: tuple[Workspace, list[Entry]]) -> None:
+    first, second, _ = (entry.manifest for entry in chain[1])
+    assert first["identity"]["parent"] is None
+    assert second["identity"]["parent"] == first["digest"]
+    assert [row["step"] for row in second["series"]] == [2]
+    assert second["series"][0]["values"] == second["metrics"]
+    assert "objective/kl" in second["metrics"]
+    assert second["perf"]["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("damaged", "pruned", "usable"),
+    [([], [], 3), ([3], [], 2), ([2], [], 3), ([2, 3], [], 1), ([3], [2], 1), ([1, 2, 3], [], 0), ([], [1, 2], 3)],
+)
+def test_going_on_starts_from_the_last_whole_state(
+    chain: tuple[Workspace, list[Entry]],
+    chain_copy: Workspace,
+    run_stages: Run,
+    damaged: list[int],
+    pruned: list[int],
+    usable: int,
+) -> None:
+    known = engine.known_iterations(chain_copy)
+    assert [entry.digest for entry in known] == [entry.digest for entry in chain[1]]
+    for iteration in damaged:
+        damage(known[iteration - 1].payload / "actor_optimizer.safetensors")
+    for iteration in pruned:
+        known[iteration - 1].prune()
+    assert engine.usable_iterations(known) == usable
+    entry = run_stages(chain_copy, "ppo")["ppo"]
+    assert [row["step"] for row in entry.manifest["series"]] == [1, 2, 3]
+    assert entry.parts["actor"] == digest_path(chain_copy.root / "checkpoints/actor")
+    again = engine.known_iterations(chain_copy)
+    assert [entry.digest for entry in again] == [entry.digest for entry in chain[1]]
+    again[-1].verify()
+
+
+def test_a_damaged_parent_is_not_trained_on(chain: tuple[Workspace, list[Entry]], chain_copy: Workspace) -> None:
+    known = engine.known_iterations(chain_copy)
+    chain_copy.store.discard(known[2].folder.name)
+    damage(known[1].payload / "critic/model.safetensors")
+    with pytest.raises(DamagedEntry):
+        engine.perform_iteration(chain_copy, engine.plan_iteration(chain_copy, 3, known[1]), known[1])
+
+
+def test_the_chain_ends_where_an_iteration_is_missing(chain_copy: Workspace) -> None:
+    chain_copy.store.discard(engine.known_iterations(chain_copy)[1].folder.name)
+    assert len(engine.known_iterations(chain_copy)) == 1
+
+
+def test_old_states_are_pruned_and_their_manifests_kept(chain_copy: Workspace) -> None:
+    known = engine.known_iterations(chain_copy)
+    engine.prune_iterations(known)
+    assert [entry.has_payload() for entry in known] == [False, True, True]
+    assert len(engine.known_iterations(chain_copy)) == 3
+
+
+def test_the_curve_has_a_row_for_every_iteration_also_after_a_critic_warm_up(
+    finished_copy: Workspace, run_stages: Run
+) -> None:
+    project = with_params(finished_copy, "ppo.critic_warmup=1")
+    entry = run_stages(project, "ppo")["ppo"]
+    with (entry.payload / "curve.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2"]
+    assert [row["objective/kl"] for row in rows] == [
+        repr(row["values"]["objective/kl"]) for row in entry.manifest["series"]
+    ]
+    assert rows[1]["policy/loss"]
+
+
+# Workspace -----------------------------------------------------------------------------------------------------------
+
+
+def test_exporting_puts_back_what_was_changed_and_nothing_else(finished: Any, finished_copy: Workspace) -> None:
+    entry, root = finished_copy.store.find(finished.entries["sft"].folder.name), finished_copy.root
+    assert entry is not None
+    assert engine.exported(finished_copy, entry)
+    kept = (root / "metrics/sft.json").stat()
+    (root / "checkpoints/sft/config.json").unlink()
+    (root / "plots/sft.csv").unlink()
+    assert not engine.exported(finished_copy, entry)
+    engine.export(finished_copy, entry)
+    assert engine.exported(finished_copy, entry)
+    assert (root / "metrics/sft.json").stat().st_ino == kept.st_ino
+
+
+def test_a_damaged_result_is_not_exported(finished: Any, finished_copy: Workspace) -> None:
+    entry = finished_copy.store.find(finished.entries["sft"].folder.name)
+    assert entry is not None
+    damage(entry.payload / "checkpoint/model.safetensors")
+    engine.export(finished_copy, entry)  # the workspace has it already: nobody reads the payload
+    engine.clear(finished_copy, STAGES["sft"])
+    with pytest.raises(DamagedEntry):
+        engine.export(finished_copy, entry)
+    assert not (finished_copy.root / "checkpoints/sft").exists()
+
+
+def test_a_store_that_was_deleted_adopts_what_the_workspace_holds(finished: Any, finished_copy: Workspace) -> None:
+    """As in a clone that pulled from DVC: nothing is trained, and later stages have the keys that they had."""
+    shutil.rmtree(finished_copy.root / ".rlhf")
+    project = Workspace(finished_copy.root, finished_copy.params)
+    for name in TRAINED:
+        entry = engine.adopt(project, engine.plan(project, STAGES[name]))
+        assert entry.digest == finished.entries[name].digest
+        assert entry.folder.name == finished.entries[name].folder.name
+        assert engine.exported(project, entry)
+        entry.verify()
+        numbers = {k: v for k, v in entry.manifest["metrics"].items() if k in finished.entries[name].manifest["metrics"]}
+        assert all(numbers[k] == finished.entries[name].manifest["metrics"][k] for k in numbers)
+
+
+def test_clearing_removes_the_outs_of_one_stage(finished_copy: Workspace) -> None:
+    engine.clear(finished_copy, STAGES["reward"])
+    assert not any((finished_copy.root / path).exists() for path in STAGES["reward"].outs.values())
+    assert (finished_copy.root / "checkpoints/sft").is_dir()
+    engine.clear(finished_copy, STAGES["reward"])
+
+
+@pytest.fixture
+def another_clone(workspace: Make) -> Iterator[Workspace]:
+    project = workspace()
+    with engine.alone(project):
+        yield project
+
+
+def test_one_checkout_has_one_pipeline_at_a_time(another_clone: Workspace, workspace: Make) -> None:
+    second = Workspace(another_clone.root, another_clone.params)
+    with pytest.raises(UserError, match=f"process {os.getpid()}"), engine.alone(second):
+        pass
+    third = workspace()
+    with engine.alone(third):
+        pass
+    with engine.alone(third):
+        pass
+
+
+def test_metrics_files_are_json_that_others_read(finished: Any) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    for stage in TRAINED:
+        json.loads((finished.workspace.root / STAGES[stage].metrics).read_text(), parse_constant=refuse)

@@ -1,0 +1,217 @@
+"""Making and loading models, and the two forward passes: padding changes nothing in either."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_tasks import config
+from rlhf_tasks.data.batching import collate, pad_rows
+from rlhf_tasks.errors import UserError
+from rlhf_tasks.models import (
+    freeze,
+    load_actor,
+    load_score_statistics,
+    load_scorer,
+    load_tokenizer,
+    new_actor,
+    new_reward,
+    position_ids,
+    response_logits,
+    save_model,
+    set_up_torch,
+    stop_ids,
+    token_scores,
+)
+
+CPU = torch.device("cpu")
+SCRATCH = config.Scratch(vocab_size=300, hidden_size=32, intermediate_size=64, layers=2, heads=2)
+PROMPTS = [[9], [17, 40, 60, 21, 33], [25, 80]]
+RESPONSES = [[70, 31, 52, 1], [44, 1], [11, 12, 13]]
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+# Forward passes ------------------------------------------------------------------------------------------------------
+
+
+def test_positions_count_real_tokens() -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 1, 0]])
+    assert position_ids(mask).tolist() == [[0, 1, 2, 3], [0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 1]]
+
+
+@torch.no_grad()
+def test_response_logits_do_not_depend_on_the_rest_of_the_batch(tiny_actor: Path) -> None:
+    """Row by row without padding against all rows padded on both sides, and against the model's own plain call."""
+    actor = load_actor(tiny_actor, CPU)
+    batch = collate(PROMPTS, RESPONSES, 0, CPU)
+    together = response_logits(actor, batch.input_ids, batch.attention_mask, batch.tokens.shape[1])
+    assert together.shape == (3, 4, actor.config.vocab_size)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        ids = torch.tensor([[*prompt, *response]])
+        alone = response_logits(actor, ids, torch.ones_like(ids), len(response))[0]
+        close(together[row, : len(response)], alone)
+        close(alone, actor(input_ids=ids).logits[0, len(prompt) - 1 : -1])
+    assert (together[0, 0] - together[1, 0]).abs().max() > 0.5  # the model is sharp enough for this to say something
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("left", [False, True])
+def test_token_scores_do_not_depend_on_padding(tiny_scorer: Path, left: bool) -> None:
+    scorer = load_scorer(tiny_scorer, CPU)
+    ids, mask = pad_rows(RESPONSES, 0, left=left)
+    together = token_scores(scorer, ids, mask)
+    assert together.shape == ids.shape
+    for row, tokens in enumerate(RESPONSES):
+        alone = torch.tensor([tokens])
+        close(together[row][mask[row].bool()], token_scores(scorer, alone, torch.ones_like(alone))[0])
+    assert together[mask.bool()].std() > 0.1
+
+
+@torch.no_grad()
+def test_the_last_token_score_is_what_the_class_itself_says(tiny_scorer: Path) -> None:
+    """So a Reward folder means the same to everybody who loads it with transformers."""
+    scorer = load_scorer(tiny_scorer, CPU)
+    ids, mask = pad_rows(RESPONSES, 0)
+    ours = token_scores(scorer, ids, mask).gather(1, mask.sum(1, keepdim=True) - 1)
+    close(ours, scorer(input_ids=ids, attention_mask=mask).logits)
+
+
+# Making models -------------------------------------------------------------------------------------------------------
+
+
+def test_new_models_belong_to_their_seed_and_leave_the_generator_alone(tokenizer: Any, tiny_actor: Path) -> None:
+    torch.manual_seed(5)
+    undisturbed = torch.rand(3)
+    torch.manual_seed(5)
+    actors = [new_actor(config.Model(scratch=SCRATCH), tokenizer, seed).state_dict() for seed in (0, 0, 1)]
+    heads = [new_reward(tiny_actor, tokenizer, seed, CPU).score.weight for seed in (0, 0, 1)]
+    assert torch.equal(torch.rand(3), undisturbed)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(actors[0][name], actors[1][name])
+    assert not torch.equal(actors[0][name], actors[2][name])
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_a_new_actor_is_as_configured(tokenizer: Any) -> None:
+    actor = new_actor(config.Model(scratch=SCRATCH), tokenizer, 0)
+    shape = actor.config
+    assert (shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads) == (32, 2, 2)
+    assert shape.vocab_size == len(tokenizer)
+    assert (shape.pad_token_id, shape.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert shape.pad_token_id != shape.eos_token_id
+    assert not actor.training
+
+
+def test_a_reward_has_the_trunk_of_sft(tokenizer: Any, tiny_actor: Path) -> None:
+    actor, reward = load_actor(tiny_actor, CPU), new_reward(tiny_actor, tokenizer, 0, CPU)
+    assert all(torch.equal(reward.model.state_dict()[name], x) for name, x in actor.model.state_dict().items())
+    assert reward.score.weight.shape == (1, 32)
+
+
+def test_a_base_folder_gets_the_embeddings_that_its_tokenizer_lacks(
+    tokenizer: Any, tiny_actor: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_actor, base)
+    larger = load_tokenizer(base)
+    larger.add_tokens(["one", "two"])
+    actor = new_actor(config.Model(base=str(base)), larger, 0)
+    old = load_actor(tiny_actor, CPU).get_input_embeddings().weight
+    assert torch.equal(actor.get_input_embeddings().weight[: len(old)], old)
+    assert len(actor.get_input_embeddings().weight) == len(larger) == len(tokenizer) + 2
+    assert new_actor(config.Model(base=str(base)), tokenizer, 0).config.vocab_size == len(tokenizer)
+
+
+def test_frozen_models_learn_nothing(four: Any) -> None:
+    freeze(four.ref.train())
+    assert not four.ref.training
+    assert not any(parameter.requires_grad for parameter in four.ref.parameters())
+
+
+# Folders -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_loaded_to_the_bit(four: Any, tmp_path: Path, tokenizer: Any) -> None:
+    save_model(four.actor, tmp_path / "actor", tokenizer)
+    save_model(four.critic, tmp_path / "critic")
+    for model, loaded in ((four.actor, load_actor(tmp_path / "actor", CPU)), (four.critic, load_scorer(tmp_path / "critic", CPU))):
+        assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in model.state_dict().items())
+        assert not loaded.training
+    assert load_tokenizer(tmp_path / "actor").encode("A warm film") == tokenizer.encode("A warm film")
+    assert load_tokenizer(tmp_path / "actor").padding_side == "left"
+
+
+def test_a_model_has_one_text_on_disk(four: Any, tiny_actor: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save_model(load_actor(tiny_actor, CPU), tmp_path / name)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_score_statistics_are_read_from_the_rewards_folder(tiny_scorer: Path) -> None:
+    assert load_score_statistics(tiny_scorer) == (0.5, 2.0)
+
+
+@pytest.mark.parametrize("load", [load_actor, load_scorer])
+@pytest.mark.parametrize("content", ["nothing", "empty", "config only", "pickled weights"])
+def test_a_folder_without_weights_is_named_in_a_sentence(
+    tiny_actor: Path, tmp_path: Path, load: Any, content: str
+) -> None:
+    folder = tmp_path / "model"
+    if content != "nothing":
+        folder.mkdir()
+    if content in ("config only", "pickled weights"):
+        shutil.copyfile(tiny_actor / "config.json", folder / "config.json")
+    if content == "pickled weights":
+        torch.save(load_actor(tiny_actor, CPU).state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=f"{folder}: not a loadable .* folder with safetensors weights") as caught:
+        load(folder, CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_asking_for_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"runtime\.device: found `cuda`"):
+        set_up_torch(config.Runtime(threads=1, device="cuda"))
+
+
+def test_setting_up_torch_fixes_threads_and_algorithms() -> None:
+    assert set_up_torch(config.Runtime(threads=1)) == CPU
+    assert torch.get_num_threads() == 1
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+# What ends a response ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("configured", "stop", "texts"),
+    [
+        (None, None, ["<eos>"]),
+        (1, None, ["<eos>"]),
+        ([1, 7], None, ["<eos>", 7]),
+        (1, ".", ["<eos>", "."]),
+        (1, "<eos>", ["<eos>"]),
+    ],
+)
+def test_every_end_of_a_response_is_known(
+    four: Any, tokenizer: Any, configured: Any, stop: str | None, texts: list[str | int]
+) -> None:
+    four.actor.generation_config.eos_token_id = configured
+    expected = {text if isinstance(text, int) else tokenizer.convert_tokens_to_ids(text) for text in texts}
+    assert stop_ids(four.actor, tokenizer, stop) == sorted(expected)
+
+
+@pytest.mark.parametrize("stop", ["two words", ""])
+def test_a_stop_text_must_be_one_token(four: Any, tokenizer: Any, stop: str) -> None:
+    with pytest.raises(UserError, match=rf"generation\.stop: found {stop!r}.*expected"):
+        stop_ids(four.actor, tokenizer, stop)

@@ -1,0 +1,221 @@
+"""The supervised loop: it resumes to the bit, and its batches are all rows, within the budget, in the seed's order."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rlhf_tasks import config, training
+from rlhf_tasks.training import (
+    ADAM_EPS,
+    BatchLoss,
+    adamw,
+    fit,
+    length_batches,
+    load_optimizer_tensors,
+    load_training_state,
+    optimizer_tensors,
+    save_training_state,
+    shuffled_batches,
+    warmup_and_decay,
+)
+
+RATINGS = Path(__file__).resolve().parent.parent / "data/raw/movie_reviews.jsonl.gz"
+SETTINGS = config.Supervised(epochs=2, learning_rate=0.05, weight_decay=0.1, warmup_fraction=0.2, batch_tokens=12)
+LENGTHS = [1 + i * 7 % 6 for i in range(20)]
+Steps = list[tuple[int, dict[str, float]]]
+
+
+class Kill(BaseException):
+    """As sudden as a signal."""
+
+
+def work(partial: Path, *, kill_at: int | None = None) -> tuple[dict[str, Tensor], Steps]:
+    """Fit a small network to numbers of the rows; at step `kill_at` the process ends. Weights, optimizer and steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(len(LENGTHS), 5), nn.Tanh(), nn.Linear(5, 1))
+    optimizer = adamw([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.2}], 0.05)
+    steps: Steps = []
+
+    def loss_of(rows: list[int]) -> BatchLoss:
+        error = model(torch.tensor(rows)).squeeze(1) - torch.tensor(rows) % 3
+        return BatchLoss(error.square().mean(), {"rows": float(len(rows))})
+
+    def progress(*, done: int, total: int, **values: float) -> None:
+        steps.append((done, values))
+        if done == kill_at:
+            raise Kill
+
+    try:
+        fit(model, optimizer, loss_of, LENGTHS, SETTINGS, seed_names=(0, "x"), partial=partial, progress=progress)
+    except Kill:
+        pass
+    return dict(model.named_parameters()) | optimizer_tensors(optimizer), steps
+
+
+@pytest.fixture
+def saves_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", -1)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kills", [[2], [5], [3, 4], [2, 9, 9, 10]])
+def test_training_that_was_killed_goes_on_to_the_same_bits(
+    tmp_path: Path, saves_every_step: None, kills: list[int]
+) -> None:
+    expected, undisturbed = work(tmp_path / "undisturbed")
+    assert len(undisturbed) > 12  # so that these kills fall into both epochs
+    first_step = 1
+    for kill_at in kills:
+        _, steps = work(tmp_path / "killed", kill_at=kill_at)
+        assert steps == undisturbed[first_step - 1 : kill_at]
+        first_step = kill_at  # the step that was killed in had not been saved
+    result, steps = work(tmp_path / "killed")
+    assert steps == undisturbed[first_step - 1 :]
+    assert same(result, expected)
+
+
+def test_nothing_is_saved_after_the_last_step(tmp_path: Path, saves_every_step: None) -> None:
+    _, steps = work(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"step-{len(steps) - 1:08d}"]
+
+
+def test_short_training_saves_nothing(tmp_path: Path) -> None:
+    work(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_while_saving_leaves_the_state_before(
+    tmp_path: Path, saves_every_step: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = work(tmp_path / "undisturbed")
+    saved = training.save_file
+
+    def dies(tensors: dict[str, Tensor], path: Path) -> None:
+        saved(tensors, path)
+        if len(list((tmp_path / "killed").glob("step-00000004"))):
+            raise Kill
+
+    monkeypatch.setattr(training, "save_file", dies)
+    work(tmp_path / "killed")
+    monkeypatch.setattr(training, "save_file", saved)
+    assert (tmp_path / "killed/writing").exists()
+    result, steps = work(tmp_path / "killed")
+    assert steps[0][0] == 5
+    assert same(result, expected)
+
+
+def test_a_state_is_replaced_by_the_next(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = adamw(model.parameters(), 0.1)
+    assert load_training_state(tmp_path, model, optimizer) == 0
+    for step in (9, 10):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        save_training_state(tmp_path, model, optimizer, step)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+    other = nn.Linear(2, 2)
+    other_optimizer = adamw(other.parameters(), 0.1)
+    assert load_training_state(tmp_path, other, other_optimizer) == 10
+    assert same(dict(other.named_parameters()), dict(model.named_parameters()))
+    assert same(optimizer_tensors(other_optimizer), optimizer_tensors(optimizer))
+
+
+def test_an_optimizers_state_goes_under_a_prefix_and_keeps_the_rates_of_its_owner() -> None:
+    model = nn.Linear(2, 2)
+    one, two = adamw(model.parameters(), 0.1), adamw(model.parameters(), 0.2)
+    model(torch.ones(1, 2)).sum().backward()
+    one.step()
+    tensors = optimizer_tensors(one, "actor.")
+    assert all(name.startswith("actor.") for name in tensors)
+    assert tensors.keys() == {f"actor.{i}.{slot}" for i in (0, 1) for slot in ("step", "exp_avg", "exp_avg_sq")}
+    load_optimizer_tensors(two, tensors | {"critic.0.step": torch.tensor(5.0)}, "actor.")
+    assert same(optimizer_tensors(two, "actor."), tensors)
+    assert two.param_groups[0]["lr"] == 0.2
+
+
+def test_adamw_has_the_eps_of_ppo_implementations() -> None:
+    group = adamw(nn.Linear(1, 1).parameters(), 0.1, 0.01).param_groups[0]
+    assert (group["eps"], ADAM_EPS, group["weight_decay"], group["lr"]) == (1e-5, 1e-5, 0.01, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("total", "warmup", "factors"),
+    [
+        (4, 0.0, [1.0, 0.75, 0.5, 0.25]),
+        (4, 0.5, [0.5, 1.0, 2 / 3, 1 / 3]),
+        (4, 1.0, [0.25, 0.5, 0.75, 1.0]),
+        (1, 0.05, [1.0]),
+    ],
+)
+def test_rates_rise_and_fall(total: int, warmup: float, factors: list[float]) -> None:
+    assert [warmup_and_decay(step, total, warmup) for step in range(total)] == pytest.approx(factors)
+
+
+def test_the_gradient_is_clipped_and_its_norm_shown(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before, norms = model.weight.item(), []
+
+    def loss_of(rows: list[int]) -> BatchLoss:
+        return BatchLoss(100 * model.weight.sum(), {})
+
+    def progress(*, done: int, total: int, **values: float) -> None:
+        norms.append(values["grad_norm"])
+
+    settings = config.Supervised(epochs=1, warmup_fraction=0.0, max_grad_norm=0.5)
+    fit(model, optimizer, loss_of, [1], settings, seed_names=(0,), partial=tmp_path, progress=progress)  # type: ignore[arg-type]
+    assert norms == [pytest.approx(100)]
+    assert before - model.weight.item() == pytest.approx(0.5, abs=1e-4)
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+lengths_and_budget = given(st.lists(st.integers(1, 60), max_size=150), st.integers(1, 200), st.integers(0, 3))
+law: Callable = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+@law
+@lengths_and_budget
+def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int, seed: int) -> None:
+    for batches in (length_batches(lengths, budget), shuffled_batches(lengths, budget, (seed, "order", 1))):
+        assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+        for batch in batches:
+            assert len(batch) * max(lengths[row] for row in batch) <= budget or len(batch) == 1
+
+
+@law
+@lengths_and_budget
+def test_no_two_neighbouring_batches_could_be_one(lengths: list[int], budget: int, seed: int) -> None:
+    batches = length_batches(lengths, budget)
+    for batch, following in zip(batches, batches[1:], strict=False):
+        assert (len(batch) + 1) * lengths[following[0]] > budget
+
+
+def test_little_of_a_batch_is_padding() -> None:
+    """On the lengths of the shipped texts, in tokens of about four characters."""
+    with gzip.open(RATINGS, "rt", encoding="utf-8") as file:
+        lengths = [2 + len(json.loads(line)["text"]) // 4 for line in file]
+    batches = shuffled_batches(lengths, 2048, (0, "order", 0))
+    padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+    assert 1 - sum(lengths) / padded < 0.1
+
+
+def test_the_order_belongs_to_seed_and_epoch() -> None:
+    lengths = [1 + i % 9 for i in range(200)]
+    orders = [shuffled_batches(lengths, 40, names) for names in ((0, "order", 0), (0, "order", 1), (1, "order", 0))]
+    assert shuffled_batches(lengths, 40, (0, "order", 0)) == orders[0]
+    assert len({str(order) for order in orders}) == 3
+    first_rows = [batch[0] for batch in orders[0]]
+    assert first_rows != sorted(first_rows, key=lambda row: lengths[row])
