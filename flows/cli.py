@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def _run_this_checkout() -> None:
-    """Run the code of the checkout that one stands in: in a second clone or a DVC experiment it is not the installed."""
+    """Run the code of the checkout that one stands in: a second clone, say, or a DVC experiment."""
     here = Path.cwd()
     if (here / "rlhf_tasks").is_dir() and not here.samefile(SOURCE_ROOT) and not sys.flags.safe_path:
         os.execv(sys.executable, [sys.executable, "-m", "flows.cli", *sys.argv[1:]])

@@ -22,9 +22,8 @@ from flows.record import Record, StageRecord
 from rlhf_tasks import engine, versioning
 from rlhf_tasks.config import load_params
 from rlhf_tasks.engine import Job, Workspace
-from rlhf_tasks.errors import UserError
 from rlhf_tasks.report import headline
-from rlhf_tasks.stages import STAGES, Stage
+from rlhf_tasks.stages import STAGES, Stage, stages_between
 from rlhf_tasks.store import DamagedEntry, Entry
 
 log = logging.getLogger("rlhf_tasks.flows")
@@ -40,31 +39,18 @@ def rlhf_pipeline(start: str = "prepare", until: str = "register") -> dict[str, 
     return run_stages(Path.cwd(), stages_between(start, until))
 
 
-def stages_between(start: str, until: str) -> list[Stage]:
-    """The stages from one to another, both included.
-
-    Raises:
-        UserError: a name is no stage's, or `until` comes before `start`.
-    """
-    names = list(STAGES)
-    for name in (start, until):
-        if name not in names:
-            raise UserError(f"stage: found {name!r}, expected one of {', '.join(names)}")
-    chosen = names[names.index(start) : names.index(until) + 1]
-    if not chosen:
-        raise UserError(f"stages: {until} comes before {start}; swap them")
-    return [STAGES[name] for name in chosen]
-
-
 def run_stages(root: Path, stages: list[Stage]) -> dict[str, Any]:
     """Bring the stages up to date, in order, recording each with DVC and MLflow as soon as it is finished."""
     workspace = Workspace(root, load_params(root / "params.yaml"))
     with engine.alone(workspace), Record.open(workspace) as record:
         outdated = set(STAGES) if versioning.inside_stage() else versioning.outdated_stages(root)
-        done = {}
+        done, untouched = {}, True
         for stage in stages:
             with record.stage(stage) as stage_record:
-                entry, fresh = bring_up_to_date(workspace, stage, stage_record, vouched=stage.name not in outdated)
+                # What DVC said of a stage holds only as long as nothing before it has changed.
+                vouched = untouched and stage.name not in outdated
+                entry, fresh = bring_up_to_date(workspace, stage, stage_record, vouched=vouched)
+                untouched = untouched and not fresh
                 if (fresh or stage.name in outdated) and not versioning.inside_stage():
                     record_with_dvc(workspace, stage, entry)
                 done[stage.name] = asdict(entry.ref)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from flows.server import close_dead_flow_runs, owner_tag, server
 from rlhf_tasks import versioning
 from rlhf_tasks.config import load_params
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.stages import stages_between
 
 
 def run_here(root: Path, start: str, until: str) -> None:
@@ -18,15 +20,17 @@ def run_here(root: Path, start: str, until: str) -> None:
     Raises:
         UserError: what a user can mend.
     """
+    stages_between(start, until)
     _check_pipeline_file(root)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    if "PREFECT_API_URL" not in os.environ and not Path(os.environ["PREFECT_HOME"], "prefect.db").exists():
+        console.print("[dim]setting up Prefect's database: once, about 20 s[/dim]")
     with server(root):
         from prefect import tags
 
-        from flows.pipeline import rlhf_pipeline, stages_between
+        from flows.pipeline import rlhf_pipeline
 
-        stages_between(start, until)
         close_dead_flow_runs()
         name = "rlhf-pipeline" if start != until else f"rlhf-{start}"
         with quiet_user_errors(), tags(owner_tag()):

@@ -25,10 +25,10 @@ def say_status(root: Path, params: Params) -> None:
     waiting = ""
     for stage in STAGES.values():
         state, digest, text = _state(workspace, stage)
-        if waiting and state != "done":
-            state, text = "waits", f"for {waiting}"
+        if waiting:  # its inputs are about to change
+            state, digest, text = "waits", "", f"for {waiting}"
         elif state != "done":
-            waiting = waiting or stage.name
+            waiting = stage.name
         table.add_row(stage.name, state, digest[:12], text)
     console.print(table)
     if waiting:

@@ -213,6 +213,15 @@ class PPO(Section):
     missing_eos: MissingEOS = MissingEOS()
 
     @model_validator(mode="after")
+    def _horizon_is_long(self) -> PPO:
+        if self.kl.controller == "adaptive" and self.kl.horizon <= self.batch / 5:
+            raise ValueError(
+                f"`kl.horizon: {self.kl.horizon:g}` with `batch: {self.batch}` lets one update take the coefficient "
+                f"to 0, where it stays; expected more than {self.batch / 5:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _minibatches_fit(self) -> PPO:
         if self.minibatches > self.batch:
             raise ValueError(f"`minibatches: {self.minibatches}` is more than `batch: {self.batch}` has rows")

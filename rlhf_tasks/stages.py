@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from rlhf_tasks.errors import UserError
+
 
 @dataclass(frozen=True, eq=False)
 class Stage:
@@ -107,3 +109,19 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
 def producer(path: str) -> Stage:
     """The stage that leaves the workspace path."""
     return next(stage for stage in STAGES.values() if path in stage.outs.values())
+
+
+def stages_between(start: str, until: str) -> list[Stage]:
+    """The stages from one to another, both included.
+
+    Raises:
+        UserError: a name is no stage's, or `until` comes before `start`.
+    """
+    names = list(STAGES)
+    for name in (start, until):
+        if name not in names:
+            raise UserError(f"stage: found {name!r}, expected one of {', '.join(names)}")
+    chosen = names[names.index(start) : names.index(until) + 1]
+    if not chosen:
+        raise UserError(f"stages: {until} comes before {start}; swap them")
+    return [STAGES[name] for name in chosen]

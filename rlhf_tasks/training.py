@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlhf_tasks.errors import UserError
 from rlhf_tasks.seeds import permutation
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise UserError(f"training diverged at step {step + 1}: the gradient is {norm.item()}; lower learning_rate")
         optimizer.step()
         step += 1
         values = {"loss": result.loss.item(), **result.shown, "grad_norm": norm.item(), "epoch": epoch + 1}

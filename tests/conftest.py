@@ -7,7 +7,8 @@ import copy
 import gzip
 import itertools
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rlhf_tasks.config import load_params, set_params
 from rlhf_tasks.data.encoding import train_tokenizer
 from rlhf_tasks.engine import Workspace
 from rlhf_tasks.models import SCORE_STATISTICS, load_actor, load_scorer, new_actor, new_reward, save_model
+from rlhf_tasks.ppo.experience import Episodes
 from rlhf_tasks.stages import STAGES
 from rlhf_tasks.store import Entry
 
@@ -121,6 +123,19 @@ def four(_four: Four) -> Four:
     return copy.deepcopy(_four)
 
 
+@pytest.fixture
+def rollout() -> Episodes:
+    """Twelve episodes: prompts of 1 to 5 tokens, responses of 1 to 7, most of which end with EOS."""
+    random = torch.Generator().manual_seed(3)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(2, 300, (count,), generator=random).tolist()
+
+    prompts = [tokens(1 + i % 5) for i in range(12)]
+    responses = [[*tokens(i * 5 % 7), 1] if i % 4 else tokens(7) for i in range(12)]
+    return Episodes(prompts, responses, [response[-1] == 1 for response in responses])
+
+
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Workspace]:
     """Makes small projects: `workspace("ppo.iterations=3")` is a new folder with a params.yaml and 400 rated texts."""
@@ -182,13 +197,11 @@ def finished(workspace: Callable[..., Workspace], run_stages: Callable[..., dict
 
 
 @pytest.fixture
-def finished_copy(finished: Finished, tmp_path: Path) -> Iterator[Workspace]:
+def finished_copy(finished: Finished, tmp_path: Path) -> Workspace:
     """A copy of the finished project, store included, to change at will."""
-    import shutil
-
     root = tmp_path / "copy"
     shutil.copytree(finished.workspace.root, root)
-    yield Workspace(root, finished.workspace.params)
+    return Workspace(root, finished.workspace.params)
 
 
 def _sharpened(model: Any) -> Any:

@@ -92,7 +92,7 @@ print(json.dumps(loaded))
 
 
 def test_training_runs_on_a_bare_machine_and_closures_miss_nothing() -> None:
-    """One process that imports only the training core: what is loaded there is in the closures, and no orchestration."""
+    """A process that imports the training core alone: what it loads is in the closures, and no orchestration is."""
     names = ["rlhf_tasks.ppo.iteration", *TRAINING]
     done = subprocess.run(
         [sys.executable, "-c", IMPORTS_IN_TURN, *names], capture_output=True, text=True, check=True, cwd=REPOSITORY

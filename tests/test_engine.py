@@ -112,9 +112,7 @@ def test_a_shared_section_reaches_the_stages_that_the_table_gives_it(sketch: Wor
         ("README.md", set()),
     ],
 )
-def test_an_input_changes_the_keys_of_the_stages_that_read_it(
-    sketch: Workspace, path: str, stages: set[str]
-) -> None:
+def test_an_input_changes_the_keys_of_the_stages_that_read_it(sketch: Workspace, path: str, stages: set[str]) -> None:
     before = keys(sketch)
     (sketch.root / path).write_text("changed")
     assert differing(before, keys(sketch)) == stages
@@ -450,7 +448,9 @@ def test_a_store_that_was_deleted_adopts_what_the_workspace_holds(finished: Any,
         assert entry.folder.name == finished.entries[name].folder.name
         assert engine.exported(project, entry)
         entry.verify()
-        numbers = {k: v for k, v in entry.manifest["metrics"].items() if k in finished.entries[name].manifest["metrics"]}
+        numbers = {
+            k: v for k, v in entry.manifest["metrics"].items() if k in finished.entries[name].manifest["metrics"]
+        }
         assert all(numbers[k] == finished.entries[name].manifest["metrics"][k] for k in numbers)
 
 

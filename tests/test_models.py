@@ -143,7 +143,10 @@ def test_frozen_models_learn_nothing(four: Any) -> None:
 def test_what_is_saved_is_loaded_to_the_bit(four: Any, tmp_path: Path, tokenizer: Any) -> None:
     save_model(four.actor, tmp_path / "actor", tokenizer)
     save_model(four.critic, tmp_path / "critic")
-    for model, loaded in ((four.actor, load_actor(tmp_path / "actor", CPU)), (four.critic, load_scorer(tmp_path / "critic", CPU))):
+    for model, loaded in (
+        (four.actor, load_actor(tmp_path / "actor", CPU)),
+        (four.critic, load_scorer(tmp_path / "critic", CPU)),
+    ):
         assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in model.state_dict().items())
         assert not loaded.training
     assert load_tokenizer(tmp_path / "actor").encode("A warm film") == tokenizer.encode("A warm film")

@@ -11,7 +11,8 @@ from ruamel.yaml import YAML
 
 from rlhf_tasks.closure import import_closure
 from rlhf_tasks.config import Section, load_params
-from rlhf_tasks.stages import STAGES, Stage, producer
+from rlhf_tasks.errors import UserError
+from rlhf_tasks.stages import STAGES, Stage, producer, stages_between
 from rlhf_tasks.versioning import pipeline_yaml, update_pipeline
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -81,3 +82,22 @@ def test_the_pipeline_is_written_when_it_changed(tmp_path: Path) -> None:
     assert update_pipeline(tmp_path, moved)
     entries = YAML(typ="safe").load((tmp_path / "dvc.yaml").read_text())["stages"]
     assert [name for name in NAMES if "models/mine" in entries[name]["deps"]] == ["prepare", "sft"]
+
+
+def test_a_part_of_the_pipeline_is_named_by_its_ends() -> None:
+    assert [stage.name for stage in stages_between("sft", "ppo")] == ["sft", "reward", "ppo"]
+    assert [stage.name for stage in stages_between("register", "register")] == ["register"]
+    assert [stage.name for stage in stages_between("prepare", "register")] == NAMES
+
+
+@pytest.mark.parametrize(
+    ("start", "until", "said"),
+    [
+        ("ppo", "sft", "sft comes before ppo"),
+        ("pp0", "register", "'pp0'"),
+        ("prepare", "end", "'end', expected one of"),
+    ],
+)
+def test_ends_that_make_no_pipeline_are_refused(start: str, until: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        stages_between(start, until)

@@ -1,4 +1,4 @@
-"""The store: nothing half-written looks whole, nothing damaged passes for what was written, locks die with processes."""
+"""The store: nothing half-written looks whole, nothing damaged passes for whole, locks die with their process."""
 
 from __future__ import annotations
 
@@ -91,9 +91,12 @@ def test_the_digest_is_of_the_payload_alone(store: Store) -> None:
 
 
 def test_leaving_without_a_commit_leaves_nothing(store: Store) -> None:
-    with pytest.raises(KeyboardInterrupt), store.writing(KEY) as payload:
-        fill(payload)
+    def interrupted(folder: Path) -> None:
+        fill(folder)
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        commit(store, fill=interrupted)
     assert store.find(KEY) is None
     assert list((store.root / "tmp").iterdir()) == []
 

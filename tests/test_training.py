@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -54,10 +56,8 @@ def work(partial: Path, *, kill_at: int | None = None) -> tuple[dict[str, Tensor
         if done == kill_at:
             raise Kill
 
-    try:
+    with contextlib.suppress(Kill):
         fit(model, optimizer, loss_of, LENGTHS, SETTINGS, seed_names=(0, "x"), partial=partial, progress=progress)
-    except Kill:
-        pass
     return dict(model.named_parameters()) | optimizer_tensors(optimizer), steps
 
 
@@ -199,7 +199,7 @@ def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budge
 @lengths_and_budget
 def test_no_two_neighbouring_batches_could_be_one(lengths: list[int], budget: int, seed: int) -> None:
     batches = length_batches(lengths, budget)
-    for batch, following in zip(batches, batches[1:], strict=False):
+    for batch, following in itertools.pairwise(batches):
         assert (len(batch) + 1) * lengths[following[0]] > budget
 
 

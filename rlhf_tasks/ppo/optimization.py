@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_tasks.data.batching import Batch
+from rlhf_tasks.errors import UserError
 from rlhf_tasks.models import response_logits
 from rlhf_tasks.ppo.experience import Episodes, Experience, response_values
 from rlhf_tasks.ppo.functional import actor_loss, critic_loss, entropy, response_logprobs
@@ -28,8 +29,17 @@ class Learner:
     optimizer: torch.optim.Optimizer
 
     def step(self, max_grad_norm: float) -> float:
-        """Clip the gradient, take an optimizer step, return the norm before clipping."""
+        """Clip the gradient, take an optimizer step, return the norm before clipping.
+
+        Raises:
+            UserError: the gradient is not finite; no step is taken, so the state before the iteration stays whole.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+        if not torch.isfinite(norm):
+            raise UserError(
+                f"PPO diverged: the gradient of {type(self.model).__name__} is {norm.item()}; "
+                "lower ppo.actor_learning_rate and ppo.critic_learning_rate, or raise ppo.kl.coef"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.item()

@@ -223,9 +223,13 @@ def test_pairs_that_became_the_same_by_being_cut_are_left_out(tmp_path):
     lines += [{"prompt": f"r {i}", "chosen": f"{i} a", "rejected": f"{i} b"} for i in range(40)]
     chat_tokenizer(chat_template=None).save_pretrained(tmp_path / "base")
     data = {"sources": [{"kind": "preference", "path": write(tmp_path / "p.jsonl", lines)}], "max_response_tokens": 5}
-    counts = prepare(tmp_path / "out", data | {"template": "none"}, {"base": str(tmp_path / "base")})
+    counts = prepare(
+        tmp_path / "out", data | {"template": "none", "max_prompt_tokens": 4}, {"base": str(tmp_path / "base")}
+    )
     summary = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert sum(summary["same_after_cut"].values()) == 40
+    assert summary["tokens"]["prompts_train"]["prompt"]["max"] == 4
+    assert summary["tokens"]["prompts_train"]["prompt"]["share_cut"] == 0, "as long as may be is not cut"
     assert counts["pairs_train"] + counts["pairs_heldout"] == 40
     assert len(rows(tmp_path / "out", "pairs/train")) == counts["pairs_train"]
 

@@ -16,7 +16,7 @@ import pytest
 from ruamel.yaml import YAML
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CODE = ("flows", "rlhf_tasks", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "params.yaml")
+CODE = ("flows", "rlhf_tasks", "dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "params.yaml")
 ROWS = 600
 SMALL = {
     "runtime.threads": 1,
