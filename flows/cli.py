@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from flows import environment
+from flows.run import Stopped, run_here
 from rlhf_tasks.closure import SOURCE_ROOT
 from rlhf_tasks.config import Params, load_params, set_params
 from rlhf_tasks.errors import UserError
@@ -54,8 +55,6 @@ def run(
     root = Path.cwd()
     params = _params(root, set_ or [])
     environment.configure(root)
-    from flows.run import run_here
-
     run_here(root, start, until)
     from flows.console import say_report
     from rlhf_tasks.report import make_report
@@ -70,8 +69,6 @@ def stage(name: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {ST
     root = Path.cwd()
     _params(root, [])
     environment.configure(root)
-    from flows.run import run_here
-
     run_here(root, name, name)
 
 
@@ -93,7 +90,7 @@ def main() -> None:
     except UserError as error:
         print(f"rlhf: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         print("rlhf: stopped; what is finished is kept, `rlhf run` goes on from there", file=sys.stderr)
         sys.exit(130)
 

@@ -82,7 +82,7 @@ def say_report(report: Report) -> None:
 
 @contextmanager
 def quiet_user_errors() -> Iterator[None]:
-    """Keep Prefect's stack traces of a user's mistake off the terminal; the server still gets them."""
+    """Keep Prefect's account of a user's mistake or Ctrl-C off the terminal; the server still gets it."""
     quiet = _Quiet()
     handlers = [handler for name in ("prefect", "") for handler in logging.getLogger(name).handlers]
     handlers = [handler for handler in handlers if "API" not in type(handler).__name__]
@@ -100,4 +100,4 @@ class _Quiet(logging.Filter):
         if record.exc_info and isinstance(record.exc_info[1], UserError | KeyboardInterrupt):
             return False
         message = record.getMessage()
-        return not (message.startswith("Finished in state") or "interrupted by termination" in message)
+        return not (message.startswith("Finished in state") or "Execution was aborted by" in message)

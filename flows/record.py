@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 
 from flows.console import Bar
@@ -29,6 +30,9 @@ from rlhf_tasks.store import Entry, digest_file, digest_path
 from rlhf_tasks.tracking import Status, Tracker
 
 log = logging.getLogger(__name__)
+
+#: what ends a run from outside: Ctrl-C, and SIGTERM as Prefect raises it
+INTERRUPTS = (KeyboardInterrupt, TerminationSignal)
 
 SESSION = "rlhf.session"
 SECONDS_BETWEEN_WRITES = 5.0
@@ -60,7 +64,7 @@ class Record:
         try:
             yield cls(workspace, tracker, run_id)
             status = "FINISHED"
-        except KeyboardInterrupt:
+        except INTERRUPTS:
             status = "KILLED"
             raise
         finally:
@@ -77,7 +81,7 @@ class Record:
         try:
             yield record
             status = "FINISHED"
-        except KeyboardInterrupt:
+        except INTERRUPTS:
             status = "KILLED"
             raise
         finally:
@@ -114,7 +118,12 @@ class StageRecord:
         """Log all of a stage's result: its curve, final numbers, inputs by digest, samples."""
         tracker, manifest, root = self.parent.tracker, entry.manifest, self.parent.workspace.root
         tracker.log_series(self.run_id, manifest["series"])
-        finals = {f"{self.stage.name}/{k}": v for k, v in manifest["metrics"].items() if "/" not in k}
+        in_curve = {name for row in manifest["series"] for name in row["values"]}
+        finals = {
+            name if "/" in name else f"{self.stage.name}/{name}": value
+            for name, value in manifest["metrics"].items()
+            if name not in in_curve
+        }
         tracker.log_metrics(self.run_id, finals | {f"perf/{k}": v for k, v in manifest["perf"].items()})
         tags = {"rlhf.key": manifest["key"], "rlhf.digest": entry.digest, "rlhf.cached": str(cached).lower()}
         inputs = manifest["identity"]["inputs"]

@@ -14,11 +14,16 @@ from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import stages_between
 
 
+class Stopped(Exception):
+    """The run was interrupted, by Ctrl-C or a signal to end."""
+
+
 def run_here(root: Path, start: str, until: str) -> None:
     """Run the pipeline's flow in this checkout, and wait for it.
 
     Raises:
         UserError: what a user can mend.
+        Stopped: Ctrl-C or SIGTERM.
     """
     stages_between(start, until)
     _check_pipeline_file(root)
@@ -30,11 +35,15 @@ def run_here(root: Path, start: str, until: str) -> None:
         from prefect import tags
 
         from flows.pipeline import rlhf_pipeline
+        from flows.record import INTERRUPTS
 
         close_dead_flow_runs()
         name = "rlhf-pipeline" if start != until else f"rlhf-{start}"
         with quiet_user_errors(), tags(owner_tag()):
-            rlhf_pipeline.with_options(name=name)(start, until)
+            try:
+                rlhf_pipeline.with_options(name=name)(start, until)
+            except INTERRUPTS:
+                raise Stopped from None
 
 
 def _check_pipeline_file(root: Path) -> None:

@@ -125,6 +125,14 @@ def test_a_training_row_with_a_heldout_text_is_dropped_and_counted():
     assert len({whole_text(None, text) for text in texts}) == 40
 
 
+def test_the_answers_of_heldout_pairs_leak_too():
+    texts = [f"number {i} is a fine film" for i in range(40)]
+    pairs = [Preference(f"number {i}", " is good", " is a fine film", 0.0) for i in range(40)]
+    feedback = gather([*pairs, *(Rated(None, text, (1.0,)) for text in texts)])
+    crossing = sum(is_heldout(f"number {i}", 0.5) and not is_heldout(text, 0.5) for i, text in enumerate(texts))
+    assert feedback.dropped["sft"].leaks == crossing > 2
+
+
 def test_an_opening_that_both_sides_have_is_a_heldout_prompt():
     texts = [f"It's a film of number {i}" for i in range(20)]
     for rows in (texts, texts[::-1]):

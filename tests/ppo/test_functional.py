@@ -1,6 +1,7 @@
 """The maths of PPO by hand-computed numbers and by the laws it must obey. Peers' numbers: test_functional_golden.py."""
 
 import ast
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +127,8 @@ def test_kl_full_with_excluded_tokens() -> None:
     assert F.kl_full(q, p).item() == math.inf
     logits = p.requires_grad_()
     F.kl_full(logits, q).sum().backward()
-    assert logits.grad is not None and logits.grad.isfinite().all()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
 
 
 def test_rewards_by_hand() -> None:
@@ -213,7 +215,7 @@ def test_dual_clip_bounds_tokens_with_negative_advantage_only(clip: float | None
 @pytest.mark.parametrize("dual_clip", [1.0, 0.5, -3.0, math.nan])
 def test_dual_clip_must_be_above_1(dual_clip: float) -> None:
     x = torch.zeros(1, 2)
-    with pytest.raises(ValueError, match="dual_clip is .* above 1"):
+    with pytest.raises(ValueError, match=r"dual_clip is .* above 1"):
         F.actor_loss(x, x, x, x, 0.2, dual_clip=dual_clip)
 
 
@@ -338,7 +340,8 @@ def test_gradients_through_statistics_are_clean(x: Batch, garbage: float) -> Non
     values = torch.where(x.mask, x.values, garbage).requires_grad_()
     for out in (F.masked_mean(values, x.mask), F.masked_var(values, x.mask), F.masked_whiten(values, x.mask)[0].sum()):
         (grad,) = torch.autograd.grad(out, values)
-        assert grad.isfinite().all() and (grad[~x.mask] == 0).all()
+        assert grad.isfinite().all()
+        assert (grad[~x.mask] == 0).all()
 
 
 @law(batches())
@@ -452,7 +455,7 @@ def test_splitting_a_minibatch_changes_neither_loss_nor_gradient(
     for n in (count, int(count)):
         split = [v.clone().requires_grad_() for v in (x.logprobs, x.values)]
         total = [torch.zeros((), dtype=f64) for _ in expected]
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             part = losses(slice(start, stop), *split, n)
             (part[0] + part[5]).backward()  # gradients add up, as over micro-batches
             total = [a + b.detach() for a, b in zip(total, part, strict=True)]

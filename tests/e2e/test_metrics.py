@@ -1,0 +1,20 @@
+"""docs/metrics.md and what a run writes to MLflow are the same names."""
+
+from __future__ import annotations
+
+import re
+
+from e2e.conftest import REPOSITORY, Project
+from mlflow import MlflowClient
+
+
+def test_documented_and_emitted_metrics_are_the_same(finished: Project) -> None:
+    table_rows = [line for line in (REPOSITORY / "docs/metrics.md").read_text().splitlines() if line.startswith("| `")]
+    documented = {name for row in table_rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
+    client = MlflowClient(f"sqlite:///{finished.root}/mlflow.db")
+    experiment = client.get_experiment_by_name("rlhf")
+    assert experiment is not None
+    emitted = {name for run in client.search_runs([experiment.experiment_id]) for name in run.data.metrics}
+    # the evaluation's numbers are on the registered model too, under their plain names
+    emitted -= {name.removeprefix("evaluate/") for name in documented if name.startswith("evaluate/")}
+    assert emitted == documented

@@ -1,0 +1,58 @@
+"""A stranger's data and model: alpaca and preference files, a local Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from e2e.conftest import Project, make_project
+
+NOUNS = ["tea", "rain", "chess", "bread", "jazz", "snow", "maps", "clocks", "rivers", "owls", "glass", "ships"]
+VERBS = ["describe", "praise", "explain", "compare", "sketch", "recall", "imagine", "count", "draw", "name"]
+
+
+def write_feedback(root: Path) -> None:
+    """120 alpaca rows and 120 preferences for kind answers, in two files."""
+    rows = [(f"{verb.title()} {noun}", noun) for verb in VERBS for noun in NOUNS]
+    alpaca = [{"instruction": f"{ask}.", "input": "", "output": f"Here is a word on {noun}."} for ask, noun in rows]
+    pairs = [
+        {"prompt": f"{ask}, please.", "chosen": f"Gladly: {noun} is lovely.", "rejected": f"No. {noun} is dull."}
+        for ask, noun in rows
+    ]
+    (root / "data/raw/alpaca.json").write_text(json.dumps(alpaca))
+    (root / "data/raw/pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+
+def test_alpaca_and_preference_files_on_a_local_model_go_all_the_way(
+    finished: Project, tmp_path: Path, prefect_home: Path
+) -> None:
+    project = make_project(tmp_path / "own", prefect_home)
+    write_feedback(project.root)
+    shutil.copytree(finished.root / "checkpoints/sft", project.root / "base")
+    project.set(
+        data__sources=[
+            {"kind": "sft", "path": "data/raw/alpaca.json"},
+            {"kind": "preference", "path": "data/raw/pairs.jsonl"},
+        ],
+        data__template="alpaca",
+        data__max_prompt_tokens=64,
+        model__base="base",
+        ppo__iterations=1,
+        evaluate__judge=None,
+    )
+    done = project.rlhf("run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "dvc.yaml: brought up to date" in done.stdout
+    assert "data/raw/pairs.jsonl" in (project.root / "dvc.yaml").read_text()
+    assert project.metrics("evaluate")["prompts"] == 24
+    assert "sft_judge" not in project.metrics("evaluate")
+    assert project.dvc("status").stdout.strip() == "Data and pipelines are up to date."
+    sample = json.loads((project.root / "samples/evaluate.jsonl").read_text().splitlines()[0])
+    assert "### Instruction:" in sample["prompt"]
+
+    (project.root / "data/raw/pairs.jsonl").write_text('{"prompt": "Hi", "chosen": "yes"}\n')
+    wrong = project.rlhf("run")
+    assert wrong.returncode == 2
+    assert "data/raw/pairs.jsonl:1" in wrong.stderr
+    assert "`rejected`" in wrong.stderr
