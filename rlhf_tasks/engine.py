@@ -181,6 +181,7 @@ def perform_iteration(workspace: Workspace, job: Job, parent: Entry | None) -> E
         if entry and entry.has_payload():
             return entry
         trainer = _trainer(workspace, parent)
+        workspace.live_trainer = None  # until the step is done its state is nobody's
         with store.writing(job.key) as out:
             metrics, timings = trainer.step(out)
             seconds = sum(v for k, v in timings.items() if k.endswith("_seconds"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_tasks import config, engine
 from rlhf_tasks.config import load_params, set_params
@@ -97,6 +98,19 @@ def tiny_scorer(tiny_actor: Path, tokenizer: Any, tmp_path_factory: pytest.TempP
         model.score.weight.mul_(10)
     save_model(model, folder, tokenizer)
     (folder / SCORE_STATISTICS).write_text(json.dumps({"mean": 0.5, "std": 2.0, "samples": 16}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def absolute_actor(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An Actor that learns positions by number: unlike a Llama's, its answers show a wrong position id."""
+    shape = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("absolute-actor")
+    save_model(_sharpened(GPT2LMHeadModel(shape)), folder, tokenizer)
     return folder
 
 

@@ -69,6 +69,7 @@ def test_the_shipped_file_loads_and_states_every_parameter() -> None:
         ("ppo: {kl: {target: .inf}}", ["`ppo.kl.target`: found inf", "finite"]),
         ("ppo: {kl: {estimator: k4}}", ["`ppo.kl.estimator`: found 'k4'", "'k1', 'k2', 'k3', 'abs' or 'full'"]),
         ("ppo: {minibatches: 9, batch: 8}", ["`minibatches: 9`", "`batch: 8`"]),
+        ("ppo: {batch: 50, kl: {controller: adaptive, horizon: 10}}", ["`kl.horizon: 10`", "expected more than 10"]),
         ("ppo: {schedule: {kind: linear}}", ["`ppo.schedule`", "needs `total`"]),
         ("model: {scratch: {hidden_size: 30, heads: 4}}", ["`hidden_size: 30`", "multiple of 2 x `heads: 4`"]),
         ("sft: {epochs: 0, batch_tokens: x}", ["`sft.epochs`: found 0", "`sft.batch_tokens`: found 'x'"]),

@@ -11,10 +11,11 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from rlhf_tasks import engine, training
+from rlhf_tasks import engine, ppo_stage, training
 from rlhf_tasks.config import load_params, set_params
 from rlhf_tasks.engine import Recorder, Workspace
 from rlhf_tasks.errors import UserError
@@ -338,6 +339,33 @@ def test_resuming_from_a_saved_state_gives_the_bits_of_going_on(
         assert parent.manifest["metrics"] == entry.manifest["metrics"]
     assert len({entry.digest for entry in chain[1]}) == 3
     assert len({entry.manifest["metrics"]["objective/kl_coef"] for entry in chain[1]}) == 3
+
+
+def test_a_state_that_is_still_in_memory_is_not_read_back(finished_copy: Workspace) -> None:
+    entries: list[Entry] = []
+    project = with_params(finished_copy, "seed=1")
+    for iteration in (1, 2):
+        parent = entries[-1] if entries else None
+        entries.append(engine.perform_iteration(project, engine.plan_iteration(project, iteration, parent), parent))
+        entries[-1].prune()  # there is nothing to read
+    assert entries[1].manifest["metrics"] != entries[0].manifest["metrics"]
+
+
+def test_an_iteration_that_failed_half_way_leaves_no_half_trained_model_behind(
+    chain: tuple[Workspace, list[Entry]], chain_copy: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second try in the same process starts from the parent's state, not from what the first made of it."""
+    first, expected, _ = engine.known_iterations(chain_copy)
+    for entry in (first, expected):
+        chain_copy.store.discard(entry.folder.name)
+    first = engine.perform_iteration(chain_copy, engine.plan_iteration(chain_copy, 1, None), None)
+    job = engine.plan_iteration(chain_copy, 2, first)
+    with monkeypatch.context() as disk:
+        disk.setattr(ppo_stage, "save_file", Mock(side_effect=OSError("the disk is full")))
+        with pytest.raises(OSError, match="full"):
+            engine.perform_iteration(chain_copy, job, first)
+    assert chain_copy.store.find(job.key) is None
+    assert engine.perform_iteration(chain_copy, job, first).digest == expected.digest
 
 
 def test_an_iteration_is_stored_with_its_parent_and_its_metrics(chain: tuple[Workspace, list[Entry]]) -> None:

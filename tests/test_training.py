@@ -6,6 +6,8 @@ import contextlib
 import gzip
 import itertools
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rlhf_tasks import config, training
+from rlhf_tasks.errors import UserError
 from rlhf_tasks.training import (
     ADAM_EPS,
     BatchLoss,
@@ -116,6 +119,59 @@ def test_a_kill_while_saving_leaves_the_state_before(
     assert same(result, expected)
 
 
+def test_every_epoch_has_every_row_once_in_an_order_of_its_own(tmp_path: Path) -> None:
+    model, rows = nn.Embedding(len(LENGTHS), 1), []
+
+    def loss_of(batch: list[int]) -> BatchLoss:
+        rows.extend(batch)
+        return BatchLoss(model(torch.tensor(batch)).sum(), {})
+
+    optimizer = adamw(model.parameters(), 0.1)
+    fit(model, optimizer, loss_of, LENGTHS, SETTINGS, seed_names=(0,), partial=tmp_path, progress=lambda **values: None)
+    first, second = rows[: len(LENGTHS)], rows[len(LENGTHS) :]
+    assert sorted(first) == sorted(second) == list(range(len(LENGTHS)))
+    assert first != second
+
+
+def test_a_death_at_any_step_of_saving_leaves_a_whole_state(tmp_path: Path) -> None:
+    """A process dies at its first operation on files, another at its second, and so on to the end of saving."""
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = adamw(model.parameters(), 0.1)
+    with torch.no_grad():
+        model.weight.fill_(9.0)
+    steps = []
+    for last_operation in itertools.count(1):
+        partial = tmp_path / str(last_operation)
+        save_training_state(partial, model, optimizer, 9)
+        if (child := os.fork()) == 0:
+            with torch.no_grad():
+                model.weight.fill_(10.0)
+            die_at(last_operation)
+            save_training_state(partial, model, optimizer, 10)
+            os._exit(0)
+        finished = os.waitpid(child, 0)[1] == 0
+        loaded = nn.Linear(1, 1, bias=False)
+        steps.append(load_training_state(partial, loaded, adamw(loaded.parameters(), 0.1)))
+        assert loaded.weight.item() == steps[-1]
+        if finished:
+            break
+    assert len(steps) > 8
+    assert steps[0] == 9
+    assert steps[-1] == 10
+    assert steps == sorted(steps)
+
+
+def die_at(operation: int) -> None:
+    """End this process at its n-th operation on files from now on."""
+    left = iter(range(operation - 1, -1, -1))
+
+    def hook(event: str, arguments: object) -> None:
+        if event.split(".")[0] in ("open", "os", "shutil") and next(left, 0) == 0:
+            os._exit(1)
+
+    sys.addaudithook(hook)
+
+
 def test_a_state_is_replaced_by_the_next(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     optimizer = adamw(model.parameters(), 0.1)
@@ -161,6 +217,19 @@ def test_adamw_has_the_eps_of_ppo_implementations() -> None:
 )
 def test_rates_rise_and_fall(total: int, warmup: float, factors: list[float]) -> None:
     assert [warmup_and_decay(step, total, warmup) for step in range(total)] == pytest.approx(factors)
+
+
+def test_a_gradient_that_is_not_finite_stops_training(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+    optimizer, losses = adamw(model.parameters(), 0.1), iter([1.0, torch.inf])
+
+    def loss_of(rows: list[int]) -> BatchLoss:
+        return BatchLoss(model(torch.full((1, 1), next(losses))).sum(), {})
+
+    settings = config.Supervised(epochs=2)
+    with pytest.raises(UserError, match=r"diverged at step 2: the gradient is .*; lower learning_rate"):
+        fit(model, optimizer, loss_of, [1], settings, seed_names=(0,), partial=tmp_path, progress=lambda **values: None)
+    assert torch.isfinite(model.weight).all()
 
 
 def test_the_gradient_is_clipped_and_its_norm_shown(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from rlhf_tasks.ppo.iteration import (
     set_learning_rates,
 )
 from rlhf_tasks.ppo.optimization import Learner
-from rlhf_tasks.ppo.rollout import Sampling
+from rlhf_tasks.ppo.rollout import Sampling, sample_responses
+from rlhf_tasks.reward import score_texts
 from rlhf_tasks.training import adamw, optimizer_tensors
 
 PROMPTS = [[10 + i, 20 + i, 30][: 1 + i % 3] for i in range(10)]
@@ -132,8 +133,18 @@ def test_beta_is_steered_after_the_iteration(four: Any) -> None:
 def test_the_actor_learns_what_the_reward_likes(four: Any) -> None:
     settings = ppo(batch=32, actor_learning_rate=3e-3, critic_learning_rate=3e-3)
     state, fixed = start(four, settings, FixedKL(0.0))
-    scores = [iterate(state, fixed, settings, seed=0)[0]["objective/score"] for _ in range(7)]
-    assert sum(scores[-2:]) / 2 > sum(scores[:2]) / 2 + 0.2
+
+    @torch.no_grad()
+    def mean_score() -> float:
+        questions = PROMPTS * 20
+        answers = sample_responses(state.actor.model, questions, SAMPLING, (0, "before and after"))
+        texts = [[*question, *answer] for question, answer in zip(questions, answers, strict=True)]
+        return score_texts(fixed.reward, texts, 0, torch.device("cpu")).mean().item()
+
+    before = mean_score()
+    for _ in range(6):
+        iterate(state, fixed, settings, seed=0)
+    assert mean_score() > before + 0.2
 
 
 # Prompts -------------------------------------------------------------------------------------------------------------
@@ -192,14 +203,14 @@ def test_rollout_metrics_are_their_formulas() -> None:
     garbage = 1e6
     x = Experience(
         mask=torch.tensor([[1, 1], [1, 0]]),
-        scores=torch.tensor([1.0, -1.0]),
+        scores=torch.tensor([1.0, -0.5]),
         old_logprobs=torch.tensor([[-1.0, -2.0], [-3.0, garbage]]),
-        ref_logprobs=torch.tensor([[-1.5, -2.5], [-2.0, 0.0]]),
+        ref_logprobs=torch.tensor([[-1.5, -2.5], [-2.5, 0.0]]),
         entropy=torch.tensor([[1.0, 2.0], [6.0, garbage]]),
         old_values=torch.tensor([[1.0, 2.0], [3.0, garbage]]),
-        rewards=torch.tensor([[-0.25, 0.75], [-0.5, garbage]]),
-        raw_advantages=torch.tensor([[0.0, 3.0], [-3.0, garbage]]),
-        advantages=torch.tensor([[0.0, 1.0], [-1.0, garbage]]),
+        rewards=torch.tensor([[-0.25, 0.75], [-0.75, garbage]]),
+        raw_advantages=torch.tensor([[0.0, 3.0], [-1.5, garbage]]),
+        advantages=torch.tensor([[0.0, 2.0], [-1.0, garbage]]),
         returns=torch.tensor([[1.0, 5.0], [0.0, garbage]]),
     )
     episodes = Episodes([[5], [5]], [[7, 1], [7]], [True, False])
@@ -207,19 +218,19 @@ def test_rollout_metrics_are_their_formulas() -> None:
         {
             "objective/score": 3.0,
             "objective/score_std": 1.0,
-            "objective/shaped_score": 0.0,
-            "objective/kl": 0.0,  # (0.5 + 0.5 - 1) / 2
-            "objective/kl_per_token": 0.0,
+            "objective/shaped_score": 0.25,
+            "objective/kl": 0.25,  # (0.5 + 0.5) and -0.5
+            "objective/kl_per_token": 0.5 / 3,
             "objective/kl_coef": 0.5,
-            "objective/non_score_reward": 0.0,
-            "objective/rlhf_reward": 0.0,
+            "objective/non_score_reward": -0.375,  # 0.5 - 1 and -0.75 + 0.5
+            "objective/rlhf_reward": -0.125,
             "objective/entropy": 3.0,
-            "advantage/mean": 0.0,
-            "advantage/std": 6**0.5,
-            "advantage/min": -3.0,
+            "advantage/mean": 0.5,
+            "advantage/std": 3.5**0.5,
+            "advantage/min": -1.5,
             "advantage/max": 3.0,
-            "advantage/used_mean": 0.0,
-            "advantage/used_std": (2 / 3) ** 0.5,
+            "advantage/used_mean": 1 / 3,
+            "advantage/used_std": 14**0.5 / 3,
             "advantage/explained_variance": 1 - 9 / 7,  # var(0, 3, -3) / var(1, 5, 0)
             "value/mean": 2.0,
             "value/return_mean": 2.0,

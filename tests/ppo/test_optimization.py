@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_tasks import config
+from rlhf_tasks.errors import UserError
 from rlhf_tasks.ppo.experience import Episodes, Experience, make_experience
 from rlhf_tasks.ppo.optimization import Learner, optimize
 from rlhf_tasks.training import adamw, optimizer_tensors
@@ -143,6 +144,16 @@ def test_gradients_are_clipped_and_the_norm_before_is_shown(four: Any, rollout: 
         assert (weights(model) - old).norm().item() == pytest.approx(0.01, rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["actor", "critic"])
+def test_a_gradient_that_is_not_finite_is_no_step(four: Any, rollout: Episodes, name: str) -> None:
+    x, model = experience(four, rollout), getattr(four, name)
+    (x.advantages if name == "actor" else x.returns)[2, 0] = torch.inf
+    before = weights(model)
+    with pytest.raises(UserError, match=r"PPO diverged.*lower ppo\.actor_learning_rate"):
+        update(four, rollout, x, ppo())
+    assert torch.equal(weights(model), before)
+
+
 def test_only_actor_and_critic_are_trained_and_no_gradient_is_left(four: Any, rollout: Episodes) -> None:
     before = {name: weights(getattr(four, name)) for name in ("actor", "ref", "reward", "critic")}
     update(four, rollout, experience(four, rollout), ppo(), rate=0.1)
@@ -174,13 +185,31 @@ def test_every_minibatch_of_every_epoch_is_a_step_of_both(four: Any, rollout: Ep
         assert set(steps) == {15.0}
 
 
+class Watched(Episodes):
+    """Episodes that remember which rows were asked for together."""
+
+    def batch(self, rows: Any, *others: Any) -> Any:
+        self.asked.append(frozenset(rows))
+        return super().batch(rows, *others)
+
+
+def test_each_epoch_deals_every_episode_once_and_anew(four: Any, rollout: Episodes) -> None:
+    x, watched = experience(four, rollout), Watched(rollout.prompts, rollout.responses, rollout.ended)
+    object.__setattr__(watched, "asked", [])
+    update(four, watched, x, ppo(epochs=3, minibatches=5, micro_batch_tokens=10_000), rate=0.0)
+    epochs = [watched.asked[i : i + 5] for i in range(0, 15, 5)]  # type: ignore[attr-defined]
+    for minibatches in epochs:
+        assert sorted(row for rows in minibatches for row in rows) == list(range(12))
+        assert {len(rows) for rows in minibatches} == {2, 3}
+    assert len({frozenset(minibatches) for minibatches in epochs}) == 3
+
+
 def test_the_order_belongs_to_the_seed(four: Any, rollout: Episodes) -> None:
     x, results = experience(four, rollout), []
-    state = {name: value.clone() for name, value in four.actor.state_dict().items()}
     for seed in (0, 0, 1):
-        four.actor.load_state_dict(state)
-        update(four, rollout, x, ppo(minibatches=3), rate=0.5, seed=seed)
-        results.append(weights(four.actor))
+        models = copy.deepcopy(four)
+        update(models, rollout, x, ppo(minibatches=3), rate=0.1, seed=seed)
+        results.append(weights(models.actor))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_tasks.models import load_actor
 from rlhf_tasks.ppo.rollout import Sampling, ended, sample, sample_responses, truncate, uniforms
 
 SEED = (0, "ppo", 1, "sampling")
@@ -41,11 +42,15 @@ def plainly(actor: Any, prompt: list[int], draws: Tensor, how: Sampling) -> list
 @pytest.mark.parametrize(
     "how", [sampling(stop_ids=STOPS), sampling(stop_ids=STOPS, temperature=0.5, top_k=20, top_p=0.9)]
 )
-def test_the_batched_cached_loop_draws_what_the_plain_one_does(four: Any, how: Sampling) -> None:
+@pytest.mark.parametrize("architecture", ["tiny_actor", "absolute_actor"])
+def test_the_batched_cached_loop_draws_what_the_plain_one_does(
+    request: pytest.FixtureRequest, architecture: str, how: Sampling
+) -> None:
     """Finished rows leave the batch, rows of different prompts are padded: neither changes a token."""
-    responses = sample_responses(four.actor, PROMPTS, how, SEED)
+    actor = load_actor(request.getfixturevalue(architecture), torch.device("cpu"))
+    responses = sample_responses(actor, PROMPTS, how, SEED)
     draws = uniforms(len(PROMPTS), how.length, SEED)
-    assert responses == [plainly(four.actor, p, d, how) for p, d in zip(PROMPTS, draws, strict=True)]
+    assert responses == [plainly(actor, p, d, how) for p, d in zip(PROMPTS, draws, strict=True)]
     assert len({len(response) for response in responses}) > 2
 
 
@@ -149,6 +154,11 @@ def test_truncation_keeps_the_likeliest(how: Sampling, kept: list[float]) -> Non
     """Top-p: the fewest tokens that together have at least p, the one that reaches it included."""
     probabilities = torch.tensor([[0.1, 0.4, 0.2, 0.3]], dtype=torch.float64)
     assert truncate(probabilities, how)[0].tolist() == kept
+
+
+def test_top_p_stops_where_it_is_reached_exactly() -> None:
+    probabilities = torch.tensor([[0.125, 0.5, 0.125, 0.25]], dtype=torch.float64)
+    assert truncate(probabilities, sampling(top_p=0.5))[0].tolist() == [0, 0.5, 0, 0]
 
 
 def test_a_low_temperature_takes_the_likeliest(four: Any) -> None:
