@@ -69,9 +69,9 @@ def bring_up_to_date(workspace: Workspace, stage: Stage, record: StageRecord, *,
     job, started = engine.plan(workspace, stage), time.monotonic()
     hit = find_result(workspace, job, vouched=vouched)
     make = run_ppo if stage.name == "ppo" else run_stage
-    entry = make(workspace, job, hit, record)
-    fresh = hit is None or not engine.exported(workspace, entry)
     try:
+        entry = make(workspace, job, hit, record)
+        fresh = hit is None or not engine.exported(workspace, entry)
         engine.export(workspace, entry)
     except DamagedEntry as error:
         log.warning("%s; the stage %s is done again", error, stage.name)

@@ -7,6 +7,7 @@ one process the live state stays in memory, known by its digest, so nothing is r
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from rlhf_tasks import config
 
 
+log = logging.getLogger(__name__)
+
+
 @dataclass
 class Trainer:
     """The four models in memory, and everything an iteration needs."""
@@ -58,6 +62,7 @@ class Trainer:
         parent: Path | None,
     ) -> Trainer:
         """From an iteration's saved state (`parent`), or, before the first, from the SFT and Reward checkpoints."""
+        warn_of_bias(generation, ppo)
         device, tokenizer = set_up_torch(runtime), load_tokenizer(sft)
         actor = load_actor(parent / "actor" if parent else sft, device)
         critic = load_scorer(parent / "critic" if parent else reward, device)
@@ -84,6 +89,16 @@ class Trainer:
         metrics, timings = iterate(self.state, self.fixed, self.ppo, self.seed)
         save_state(out, self.state)
         return metrics, timings
+
+
+def warn_of_bias(generation: config.Generation, ppo: config.PPO) -> None:
+    """Say of settings that exist for parity with peers what they do to PPO."""
+    if generation.top_k is not None or generation.top_p is not None:
+        log.warning("generation.top_k or top_p is on: what is sampled is not what PPO's ratios and KL are of")
+    if ppo.kl.estimator != "k1":
+        log.warning(
+            "ppo.kl.estimator: the policy gradient of %s in the reward is not the KL's; k1's is", ppo.kl.estimator
+        )
 
 
 def save_state(out: Path, state: PPOState) -> None:
