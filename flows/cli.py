@@ -32,7 +32,7 @@ What runs is what `params.yaml` says. Finished work is found again by its conten
 a changed parameter runs what depends on it, and a run that was killed goes on where it was.
 
 * `rlhf run`: everything that is out of date
-* `rlhf run --set ppo.kl.coef=0.1`: change a parameter in params.yaml, then the same
+* `rlhf run --set ppo.kl.coef=0.2`: change a parameter in params.yaml, then the same
 * `rlhf run --from ppo --until evaluate`: only these stages, on what the earlier ones left
 * `rlhf status`: what is done, what is out of date, why
 * `dvc repro`: the same work through DVC; `mlflow ui`: every run's curves and the registered models
@@ -41,7 +41,7 @@ a changed parameter runs what depends on it, and a run that was killed goes on w
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Write a parameter into params.yaml first, e.g. ppo.kl.coef=0.1."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Write a parameter into params.yaml first, e.g. ppo.kl.coef=0.2."),
 ]
 
 

@@ -29,6 +29,7 @@ SMALL = {
     "ppo.iterations": 3,
     "ppo.batch": 8,
     "ppo.minibatches": 2,
+    "ppo.kl.coef": 0.05,
     "evaluate.prompts": 24,
     "evaluate.bootstrap": 100,
 }
