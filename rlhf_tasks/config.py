@@ -374,7 +374,11 @@ def _sentence(problem: Any) -> str:
     if problem["type"] == "value_error":
         return f"`{key}`: {message}"
     found = problem["input"]
-    expected = message.replace("Input should be", "expected").replace("a valid ", "a ")
+    expected = (
+        message.replace("Input should be", "expected")
+        .replace("a valid integer", "an integer")
+        .replace("a valid ", "a ")
+    )
     return f"`{key}`: found {found!r} ({type(found).__name__}), {expected}"
 
 

@@ -137,7 +137,7 @@ def sequence_kl(model: Any, anchor: Any, episodes: Episodes, tokenizer: Any, tem
         ]
         return (logprobs[0] - logprobs[1],)
 
-    (kl,) = per_token(difference, 1, episodes, BATCH_TOKENS, tokenizer.pad_token_id, device)
+    (kl,) = per_token(difference, episodes, BATCH_TOKENS, tokenizer.pad_token_id, device)
     return kl.sum(1).cpu().numpy()
 
 

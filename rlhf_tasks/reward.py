@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 
 from rlhf_tasks.data.batching import TokenRow, pad_rows
 from rlhf_tasks.data.tables import TokenColumn, read_table
+from rlhf_tasks.errors import UserError
 from rlhf_tasks.models import (
     SCORE_STATISTICS,
     load_actor,
@@ -173,7 +174,11 @@ def wilson_interval(successes: float, count: int, z: float = 1.959964) -> tuple[
 def score_statistics(
     model: Any, sft: Path, prompts: Path, generation: config.Generation, samples: int, seed: int, device: torch.device
 ) -> dict[str, float]:
-    """Mean and standard deviation of the score on the SFT model's own responses to training prompts."""
+    """Mean and standard deviation of the score on the SFT model's own responses to training prompts.
+
+    Raises:
+        UserError: every sample has the same score.
+    """
     tokenizer, actor = load_tokenizer(sft), load_actor(sft, device)
     column = TokenColumn(read_table(prompts / "train.arrow"), "input_ids")
     rows = permutation(len(column), seed, "reward", "statistics", "prompts")
@@ -184,6 +189,11 @@ def score_statistics(
     scores = torch.zeros(samples)
     for batch in length_batches([len(t) for t in texts], SCORING_BATCH_TOKENS):
         scores[batch] = score_texts(model, [texts[i] for i in batch], tokenizer.pad_token_id, device).cpu()
+    if not scores.std() > 0:
+        raise UserError(
+            f"the Reward scores all {samples} SFT samples alike ({scores.mean():.3g}): nothing for PPO to learn; "
+            "raise reward.epochs or reward.learning_rate, or look at the preference pairs"
+        )
     return {"mean": scores.mean().item(), "std": scores.std().item(), "samples": samples}
 
 

@@ -157,7 +157,7 @@ def test_set_changes_one_line_and_keeps_comments(commented: Path) -> None:
     assert load_params(commented).ppo.clip == 0.3
 
 
-@pytest.mark.parametrize("assignment", ["ppo.kl.coef=0.1", "data.heldout=0.25", "ppo.clip=", "sft.learning_rate=1e-4"])
+@pytest.mark.parametrize("assignment", ["ppo.kl.coef=0.3", "data.heldout=0.25", "ppo.clip=", "sft.learning_rate=1e-4"])
 def test_set_changes_one_line_of_the_shipped_file(tmp_path: Path, assignment: str) -> None:
     path = written(tmp_path, (REPOSITORY / "params.yaml").read_text())
     before = path.read_text().splitlines()

@@ -83,8 +83,8 @@ def make_experience(
 ) -> tuple[Experience, Tensor]:
     """Turn episodes into experience. Returns it and the Reward's raw scores `[B]`."""
 
-    def over(measure: Callable[[Batch], tuple[Tensor, ...]], names: int) -> list[Tensor]:
-        return per_token(measure, names, episodes, ppo.micro_batch_tokens, pad_id, next(actor.parameters()).device)
+    def over(measure: Callable[[Batch], tuple[Tensor, ...]]) -> list[Tensor]:
+        return per_token(measure, episodes, ppo.micro_batch_tokens, pad_id, next(actor.parameters()).device)
 
     def policies(batch: Batch) -> tuple[Tensor, ...]:
         logits = _logits(actor, batch)
@@ -97,9 +97,9 @@ def make_experience(
             kl = kl_per_token(old, anchor, ppo.kl.estimator)
         return old, anchor, entropy(logits, temperature), kl
 
-    old_logprobs, ref_logprobs, entropies, kl = over(policies, 4)
-    (old_values,) = over(lambda batch: (response_values(critic, batch),), 1)
-    (token_score,) = over(lambda batch: (response_scores(reward, batch),), 1)
+    old_logprobs, ref_logprobs, entropies, kl = over(policies)
+    (old_values,) = over(lambda batch: (response_values(critic, batch),))
+    (token_score,) = over(lambda batch: (response_scores(reward, batch),))
     mask = response_masks(episodes).to(old_logprobs.device)
     raw_scores = token_score.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
     scores = shape_scores(raw_scores, episodes.ended, ppo, score_statistics)
@@ -130,18 +130,19 @@ def shape_scores(raw: Tensor, ended: list[bool], ppo: config.PPO, statistics: tu
 @torch.no_grad()
 def per_token(
     measure: Callable[[Batch], tuple[Tensor, ...]],
-    names: int,
     episodes: Episodes,
     micro_batch_tokens: int,
     pad_id: int,
     device: torch.device,
 ) -> list[Tensor]:
-    """Run `measure` over micro-batches of similar length; its `names` results `[b, t]` are put together as `[B, T]`."""
-    width = max(len(response) for response in episodes.responses)
-    whole = [torch.zeros(len(episodes.responses), width, device=device) for _ in range(names)]
+    """Run `measure` over micro-batches of similar length; its results `[b, t]` are put together as `[B, T]`."""
+    shape = (len(episodes.responses), max(len(response) for response in episodes.responses))
+    whole: list[Tensor] = []
     for rows in length_batches(episodes.lengths, micro_batch_tokens):
         batch = episodes.batch(rows, pad_id, device)
-        for target, part in zip(whole, measure(batch), strict=True):
+        parts = measure(batch)
+        whole = whole or [part.new_zeros(shape) for part in parts]
+        for target, part in zip(whole, parts, strict=True):
             target[rows, : part.shape[1]] = part * batch.mask
     return whole
 

@@ -147,7 +147,6 @@ def rollout_metrics(episodes: Episodes, experience: Experience, raw_scores: Tens
         "objective/shaped_score": x.scores.mean(),
         "objective/kl": kl.sum(1).mean(),
         "objective/kl_per_token": masked_mean(kl, mask),
-        "objective/kl_coef": torch.tensor(kl_coef),
         "objective/non_score_reward": (total_reward - x.scores).mean(),
         "objective/rlhf_reward": total_reward.mean(),
         "objective/entropy": masked_mean(x.entropy, mask),
@@ -166,7 +165,7 @@ def rollout_metrics(episodes: Episodes, experience: Experience, raw_scores: Tens
         "response/eos_rate": torch.tensor(episodes.ended).float().mean(),
         "response/distinct_bigrams": torch.tensor(distinct_bigrams(episodes.responses)),
     }
-    return {name: float(number) for name, number in numbers.items()}
+    return {name: float(number) for name, number in numbers.items()} | {"objective/kl_coef": kl_coef}
 
 
 def distinct_bigrams(responses: Sequence[Sequence[int]]) -> float:
