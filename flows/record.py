@@ -122,7 +122,7 @@ class StageRecord:
         finals = {
             name if "/" in name else f"{self.stage.name}/{name}": value
             for name, value in manifest["metrics"].items()
-            if name not in in_curve
+            if "/" not in name or name not in in_curve
         }
         tracker.log_metrics(self.run_id, finals | {f"perf/{k}": v for k, v in manifest["perf"].items()})
         tags = {"rlhf.key": manifest["key"], "rlhf.digest": entry.digest, "rlhf.cached": str(cached).lower()}
