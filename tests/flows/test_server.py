@@ -154,7 +154,7 @@ def soon(condition: Callable[[], bool], within: float = 6.0) -> bool:
 
 def gone(pid: int | None, within: float = 6.0) -> bool:
     """Whether there is no such process, or soon is not."""
-    return soon(lambda: pid is None or server._started(pid) is None, within)
+    return soon(lambda: pid is None or server.process_started(pid) is None, within)
 
 
 def answers(url: str) -> bool:
