@@ -13,8 +13,9 @@ from flows import environment
 from flows.run import Stopped, run_here
 from rlhf_tasks.closure import SOURCE_ROOT
 from rlhf_tasks.config import Params, load_params, set_params
+from rlhf_tasks.engine import alone
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.stages import STAGES
+from rlhf_tasks.stages import STAGES, stages_between
 
 STAGE_NAMES = ", ".join(STAGES)
 
@@ -53,6 +54,7 @@ def run(
 ) -> None:
     """Run the pipeline: every stage that is out of date, and nothing else."""
     root = Path.cwd()
+    stages_between(start, until)
     params = _params(root, set_ or [])
     environment.configure(root)
     run_here(root, start, until)
@@ -104,9 +106,11 @@ def _run_this_checkout() -> None:
 
 def _params(root: Path, assignments: list[str]) -> Params:
     """Check params.yaml before anything slow is imported, with the assignments written into it."""
-    load_params(root / "params.yaml")
-    for change in set_params(root / "params.yaml", assignments):
-        print(f"params.yaml: {change}")
+    if assignments:
+        load_params(root / "params.yaml")
+        with alone(root):  # another run in this checkout would go on with what is written here
+            for change in set_params(root / "params.yaml", assignments):
+                print(f"params.yaml: {change}")
     return load_params(root / "params.yaml")
 
 

@@ -22,6 +22,7 @@ from flows.record import Record, StageRecord
 from rlhf_tasks import engine, versioning
 from rlhf_tasks.config import load_params
 from rlhf_tasks.engine import Job, Workspace
+from rlhf_tasks.errors import UserError
 from rlhf_tasks.report import headline
 from rlhf_tasks.stages import STAGES, Stage, stages_between
 from rlhf_tasks.store import DamagedEntry, Entry
@@ -42,8 +43,10 @@ def rlhf_pipeline(start: str = "prepare", until: str = "register") -> dict[str, 
 def run_stages(root: Path, stages: list[Stage]) -> dict[str, Any]:
     """Bring the stages up to date, in order, recording each with DVC and MLflow as soon as it is finished."""
     workspace = Workspace(root, load_params(root / "params.yaml"))
-    with engine.alone(workspace), Record.open(workspace) as record:
+    with engine.alone(root), Record.open(workspace) as record:
         outdated = set(STAGES) if versioning.inside_stage() else versioning.outdated_stages(root)
+        if not versioning.inside_stage():
+            refuse_stale_inputs(stages, outdated)
         done, untouched = {}, True
         for stage in stages:
             with record.stage(stage) as stage_record:
@@ -51,8 +54,9 @@ def run_stages(root: Path, stages: list[Stage]) -> dict[str, Any]:
                 vouched = untouched and stage.name not in outdated
                 entry, fresh = bring_up_to_date(workspace, stage, stage_record, vouched=vouched)
                 untouched = untouched and not fresh
-                if (fresh or stage.name in outdated) and not versioning.inside_stage():
-                    record_with_dvc(workspace, stage, entry)
+                record_with_dvc(workspace, stage, entry, stale=fresh or stage.name in outdated)
+                if stage.name == "register":
+                    stage_record.settle()
                 done[stage.name] = asdict(entry.ref)
         return done
 
@@ -78,8 +82,6 @@ def bring_up_to_date(workspace: Workspace, stage: Stage, record: StageRecord, *,
         workspace.store.discard(job.key)
         return bring_up_to_date(workspace, stage, record, vouched=False)
     record.finished(entry, cached=hit is not None)
-    if stage.name == "register":
-        record.settle()
     how, seconds = "cached" if hit else "done", time.monotonic() - started
     say_stage(stage.name, how, seconds, headline(stage.name, entry.manifest["metrics"]))
     return entry, fresh
@@ -153,15 +155,46 @@ def keyed_task(key: str, body: Callable[[], object]) -> object:
     return body()
 
 
-def record_with_dvc(workspace: Workspace, stage: Stage, entry: Entry) -> None:
-    """Write the stage into dvc.lock, unless what it read has changed since it began.
+def record_with_dvc(workspace: Workspace, stage: Stage, entry: Entry, *, stale: bool) -> None:
+    """Write the stage into dvc.lock if that is stale, unless what the stage read has changed since it began.
 
-    `dvc commit` records whatever is on disk: without this check an edit made while the stage ran would be blessed.
+    `dvc commit` and `dvc repro` record whatever is on disk, so an edit made while the stage ran would be blessed. The
+    look after the commit catches one made during it.
+
+    Raises:
+        UserError: parameters, inputs or code changed; dvc.lock is as it was.
     """
-    current = Workspace(workspace.root, load_params(workspace.root / "params.yaml"))
-    if engine.plan(current, stage).key != entry.manifest["key"]:
-        log.warning(
-            "%s: parameters, inputs or code changed while it ran, so it is not in dvc.lock; run again", stage.name
+    job = Job(stage.name, entry.manifest["key"], entry.manifest["identity"])
+    lock = workspace.root / "dvc.lock"
+    before = lock.read_bytes() if lock.exists() else None
+    changed = engine.changed_since(workspace, job)
+    if stale and not changed and not versioning.inside_stage():
+        versioning.record(workspace.root, stage)
+        changed = engine.changed_since(workspace, job)
+        if changed and before is not None:
+            lock.write_bytes(before)
+        elif changed:
+            lock.unlink()
+    if changed:
+        raise UserError(
+            f"{stage.name}: params.yaml, its inputs or its code changed while it ran; its result is kept in the store "
+            "but not recorded in dvc.lock; run again"
         )
+
+
+def refuse_stale_inputs(stages: list[Stage], outdated: set[str]) -> None:
+    """A run that begins in the middle takes earlier results as they are; nobody registers an Actor made of stale ones.
+
+    Raises:
+        UserError: an earlier stage is out of date and the run would register.
+    """
+    names = list(STAGES)
+    stale = [name for name in names[: names.index(stages[0].name)] if name in outdated]
+    if not stale:
         return
-    versioning.record(workspace.root, stage)
+    if stages[-1].name == "register":
+        raise UserError(
+            f"--from {stages[0].name}: {', '.join(stale)} would have to run first, since params.yaml, data or code "
+            "changed; run `rlhf run`, or stop before registering with `--until evaluate`"
+        )
+    log.warning("%s: out of date, taken as they are", ", ".join(stale))

@@ -45,6 +45,7 @@ class Record:
     workspace: Workspace
     tracker: Tracker
     run_id: str
+    lineage: dict[str, str]
 
     @classmethod
     @contextmanager
@@ -52,17 +53,17 @@ class Record:
         """Start the parent run, or go on with the one that an earlier stage of the same `dvc repro` started."""
         tracker, name_of_session = Tracker(workspace.root), session()
         tracker.close_dead_runs()
+        origin = lineage(workspace.root)  # once: the run itself changes dvc.lock, and with it whether git is clean
         run_id = tracker.find_run(SESSION, name_of_session) if versioning.inside_stage() else None
         if run_id:
             tracker.resume(run_id)
         else:
             name = "dvc repro" if versioning.inside_stage() else str(flow_run.name)
-            run_id = tracker.start_pipeline(
-                flatten(workspace.params), {SESSION: name_of_session} | lineage(workspace), name
-            )
+            tags = {SESSION: name_of_session} | origin
+            run_id = tracker.start_pipeline(flatten(workspace.params), tags, name)
         status: Status = "FAILED"
         try:
-            yield cls(workspace, tracker, run_id)
+            yield cls(workspace, tracker, run_id, origin)
             status = "FINISHED"
         except INTERRUPTS:
             status = "KILLED"
@@ -74,8 +75,7 @@ class Record:
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[StageRecord]:
         """A child run for a stage, closed with how the stage ended."""
-        tags = lineage(self.workspace)
-        run_id = self.tracker.start_stage(self.run_id, stage.name, tags)
+        run_id = self.tracker.start_stage(self.run_id, stage.name, self.lineage)
         record = StageRecord(self, stage, run_id)
         status: Status = "FAILED"
         try:
@@ -138,16 +138,20 @@ class StageRecord:
         tracker.log_artifact(self.run_id, root / self.stage.metrics)
 
     def settle(self) -> Settled:
-        """Make sure that the registry knows the Actor, and move `@champion` if the gate lets it."""
+        """Make sure that the registry knows the Actor, and move `@champion` if the gate lets it.
+
+        Called when the stage is in dvc.lock, so that the version's tag names a lock file that exists.
+        """
         workspace, inputs = self.parent.workspace, STAGES["register"].inputs
         actor = workspace.root / inputs["actor"]
-        checkpoints = {path: digest_path(workspace.root / path) for path in ("checkpoints/sft", "checkpoints/reward")}
+        read = {path for stage in STAGES.values() for path in stage.inputs.values()}
+        digests = {f"rlhf.input.{path}": digest_path(workspace.root / path) for path in sorted(read)}
         context = TrackingContext(
             uri=self.parent.tracker.uri,
             run_id=self.run_id,
             actor_digest=digest_path(actor),
             lock=workspace.store.root / "locks" / "registry",
-            tags=lineage(workspace) | {f"rlhf.input.{path}": digest for path, digest in checkpoints.items()},
+            tags=self.parent.lineage | dvc_lock(workspace.root) | digests,
             example=self._example(),
         )
         return registry.settle(
@@ -164,10 +168,9 @@ class StageRecord:
             return json.loads(file.readline())["prompt"]
 
 
-def lineage(workspace: Workspace) -> dict[str, str]:
-    """What a run came from: git commit and whether it was dirty, dvc.lock, the Prefect flow run."""
-    root = workspace.root
-    tags = dvc_lock(root)
+def lineage(root: Path) -> dict[str, str]:
+    """What a run came from: git commit and whether it was dirty, the Prefect flow run."""
+    tags: dict[str, str] = {}
     commit = _git(root, "rev-parse", "HEAD")
     if commit:
         tags["mlflow.source.git.commit"] = commit

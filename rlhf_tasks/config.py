@@ -18,6 +18,7 @@ from ruamel.yaml.error import YAMLError
 
 from rlhf_tasks.errors import UserError
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -59,7 +60,7 @@ class Source(Section):
 class Ratings(Section):
     """How rated texts become continuations and preference pairs."""
 
-    scale: tuple[float, float] = (-4, 4)
+    scale: tuple[Finite, Finite] = (-4, 4)
     opening_words: tuple[Count, Count] = (2, 5)
     min_gap: NonNegative = 1.0
     pairs_per_text: Count = 2
@@ -202,7 +203,7 @@ class PPO(Section):
     lam: Probability = 0.95
     clip: Positive | None = 0.2
     value_clip: Positive | None = 0.2
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     entropy_coef: NonNegative = 0.0
     whiten_rewards: bool = False
     whiten_advantages: bool = True
@@ -238,7 +239,7 @@ class Evaluate(Section):
 class Gate(Section):
     """The rules that a new version must pass to become @champion."""
 
-    min_gain: float = 0.0
+    min_gain: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     max_kl: Positive = 12.0
 
 
@@ -344,7 +345,7 @@ def _read_yaml(path: Path) -> Any:
         return YAML().load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run from the project's folder, the one that holds params.yaml") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
 
 

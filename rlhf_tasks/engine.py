@@ -23,11 +23,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rlhf_tasks.closure import SOURCE_ROOT, import_closure
-from rlhf_tasks.config import Params
+from rlhf_tasks.closure import PACKAGE, SOURCE_ROOT, import_closure
+from rlhf_tasks.config import Params, load_params
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import STAGES, Stage, producer
-from rlhf_tasks.store import DamagedEntry, Entry, Store, digest_file, digest_json, digest_path, place, remove
+from rlhf_tasks.store import DamagedEntry, Entry, Store, digest_file, digest_json, digest_path, place
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,16 @@ Watch = Callable[[dict[str, Any], int], None]
 ITERATION = "ppo-iteration"
 PAYLOADS_KEPT = 2
 _SIMD = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
+
+
+def _code_digests() -> dict[str, str]:
+    """Digest of every module of the work, as it is on disk."""
+    modules = (SOURCE_ROOT / PACKAGE).rglob("*.py")
+    return {path.relative_to(SOURCE_ROOT).as_posix(): digest_file(path) for path in modules}
+
+
+#: the code that this process runs, taken before its modules are imported: an edit on disk is for the next run
+_CODE = _code_digests()
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ def _job(name: str, stage: Stage, workspace: Workspace, settings: dict[str, Any]
         **facts,
         "parameters": settings,
         "inputs": _input_digests(workspace, stage),
-        "code": {file: digest_file(SOURCE_ROOT / file) for file in import_closure(stage.module)},
+        "code": {file: _CODE[file] for file in import_closure(stage.module)},
         "environment": _environment(stage),
     }
     return Job(name, digest_json(identity), identity)
@@ -145,6 +155,21 @@ def _simd() -> list[str]:
     return [name for name in _SIMD if name in flags]
 
 
+def changed_since(workspace: Workspace, job: Job) -> bool:
+    """Whether parameters, inputs or code on disk are no longer what a job was planned with."""
+    now = Workspace(workspace.root, load_params(workspace.root / "params.yaml"))
+    closure = import_closure(STAGES[job.stage].module)
+    edited = any(digest_file(SOURCE_ROOT / file) != _CODE[file] for file in closure if (SOURCE_ROOT / file).exists())
+    return edited or plan(now, STAGES[job.stage]).key != job.key
+
+
+def _refuse_changed_inputs(workspace: Workspace, job: Job) -> None:
+    """Nothing is stored under a key whose inputs may not have been the ones that were read."""
+    stage = STAGES["ppo" if job.stage == ITERATION else job.stage]
+    if _input_digests(workspace, stage) != job.identity["inputs"]:
+        raise UserError(f"{stage.name}: its inputs changed while it ran, so its result was dropped; run again")
+
+
 # Work ----------------------------------------------------------------------------------------------------------------
 
 
@@ -166,6 +191,7 @@ def perform(workspace: Workspace, job: Job, watch: Watch) -> Entry:
             metrics = run(**arguments, **wanted, out=out)
             _save_curve(stage, out, recorder.series)
             perf = {"seconds": time.time() - started}
+            _refuse_changed_inputs(workspace, job)
             return store.commit(job.key, out, job.identity, metrics=metrics, series=recorder.series, perf=perf)
 
 
@@ -186,6 +212,7 @@ def perform_iteration(workspace: Workspace, job: Job, parent: Entry | None) -> E
             metrics, timings = trainer.step(out)
             seconds = sum(v for k, v in timings.items() if k.endswith("_seconds"))
             row = {"step": iteration, "time_ms": int(time.time() * 1000), "values": metrics}
+            _refuse_changed_inputs(workspace, job)
             entry = store.commit(
                 job.key, out, job.identity, metrics=metrics, series=[row], perf=timings | {"seconds": seconds}
             )
@@ -206,6 +233,7 @@ def finish_ppo(workspace: Workspace, job: Job, iterations: list[Entry]) -> Entry
         series = [row for entry in iterations for row in entry.manifest["series"]]
         _save_curve(stage, out, series)
         perf = {"seconds": sum(entry.manifest["perf"]["seconds"] for entry in iterations)}
+        _refuse_changed_inputs(workspace, job)
         return store.commit(job.key, out, job.identity, metrics=metrics, series=series, perf=perf)
 
 
@@ -320,22 +348,33 @@ def exported(workspace: Workspace, entry: Entry) -> bool:
     return all(_holds(workspace.root / path, entry.parts[part]) for part, path in stage.outs.items())
 
 
-def adopt(workspace: Workspace, job: Job) -> Entry:
-    """Make the workspace's outs of a stage, which DVC vouches for, an entry of the store."""
-    stage = STAGES[job.stage]
-    with workspace.store.lock(job.key), workspace.store.writing(job.key) as out:
+def adopt(workspace: Workspace, job: Job) -> Entry | None:
+    """Make the workspace's outs of a stage, which DVC vouches for, an entry of the store: a clone that pulled has them.
+
+    DVC knows files and params.yaml, not library versions or instruction sets. Where the store holds these very outs
+    under another key, they were made here, of something else than is asked for now: they are not adopted.
+    """
+    stage, store = STAGES[job.stage], workspace.store
+    present = {part: digest_path(workspace.root / path) for part, path in stage.outs.items()}
+    if any(entry.manifest["identity"]["stage"] == stage.name and entry.parts == present for entry in store.entries()):
+        return None
+    with store.lock(job.key), store.writing(job.key) as out:
         for part, path in stage.outs.items():
             place(workspace.root / path, out / part)
-        metrics = {
-            k: v for k, v in json.loads((out / "metrics.json").read_text()).items() if isinstance(v, float | int)
-        }
-        return workspace.store.commit(job.key, out, job.identity, metrics=metrics, series=[], perf={}, adopted=True)
+        document = json.loads((out / "metrics.json").read_text())
+        metrics = {k: v for k, v in document.items() if isinstance(v, float | int) and not isinstance(v, bool)}
+        log.info("%s: adopted from the workspace, which dvc.lock vouches for", stage.name)
+        return store.commit(job.key, out, job.identity, metrics=metrics, series=_load_curve(out), perf={}, adopted=True)
 
 
-def clear(workspace: Workspace, stage: Stage) -> None:
-    """Remove a stage's outs from the workspace."""
-    for path in stage.outs.values():
-        remove(workspace.root / path)
+def _load_curve(out: Path) -> list[dict[str, Any]]:
+    """The series that `curve.csv` was made of; its times are not in it, so every row is of now."""
+    path, now = out / "curve.csv", int(time.time() * 1000)
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    return [{"step": int(row.pop("step")), "time_ms": now, "values": row} for row in rows]
 
 
 def _holds(path: Path, digest: str) -> bool:
@@ -346,13 +385,13 @@ def _holds(path: Path, digest: str) -> bool:
 
 
 @contextmanager
-def alone(workspace: Workspace) -> Iterator[None]:
+def alone(root: Path) -> Iterator[None]:
     """Be the only pipeline in this checkout: two with different parameters would overwrite each other's outs.
 
     Raises:
         UserError: another one is running here.
     """
-    path = workspace.root / ".rlhf" / "workspace.lock"
+    path = root / ".rlhf" / "workspace.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
@@ -360,7 +399,7 @@ def alone(workspace: Workspace) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{workspace.root}: another run (process {file.read().strip() or 'unknown'}) works in this checkout; "
+                f"{root}: another run (process {file.read().strip() or 'unknown'}) works in this checkout; "
                 "wait for it, or use a second clone"
             ) from None
         file.truncate(0)

@@ -24,8 +24,7 @@ from rlhf_tasks.models import (
 )
 from rlhf_tasks.ppo.experience import Episodes, per_token
 from rlhf_tasks.ppo.functional import response_logprobs
-from rlhf_tasks.ppo.iteration import distinct_bigrams
-from rlhf_tasks.ppo.rollout import Sampling, ended, sample_responses
+from rlhf_tasks.ppo.rollout import Sampling, distinct_bigrams, ended, sample_responses
 from rlhf_tasks.reward import score_texts
 from rlhf_tasks.seeds import derive_seed, permutation
 from rlhf_tasks.training import Progress, length_batches

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from rlhf_tasks.data.batching import pad_rows
 from rlhf_tasks.data.tables import TokenColumn, read_table
 from rlhf_tasks.models import load_tokenizer, new_actor, response_logits, save_model, set_up_torch
-from rlhf_tasks.ppo.functional import response_logprobs
 from rlhf_tasks.training import BatchLoss, Progress, adamw, fit, length_batches
 
 if TYPE_CHECKING:
@@ -64,6 +64,9 @@ def run(
     return metrics
 
 
+IGNORED = -100
+
+
 class Rows:
     """The encoded rows of one split."""
 
@@ -83,10 +86,11 @@ class Rows:
         texts = [np.concatenate([self.prompts[i], self.responses[i]]) for i in rows]
         ids, attention = (tensor.to(device) for tensor in pad_rows(texts, self.pad_id))
         starts = torch.tensor([len(self.prompts[i]) for i in rows], device=device)
-        logits = response_logits(actor, ids, attention, ids.shape[1] - 1)
         is_response = attention.bool() & (torch.arange(ids.shape[1], device=device) >= starts[:, None])
-        logprobs = response_logprobs(logits, ids[:, 1:], 1.0)
-        return -torch.where(is_response[:, 1:], logprobs, 0.0).sum(), is_response.sum()
+        labels = ids.masked_fill(~is_response, IGNORED)[:, 1:]
+        logits = response_logits(actor, ids, attention, labels.shape[1])
+        total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total, (labels != IGNORED).sum()
 
 
 @torch.no_grad()

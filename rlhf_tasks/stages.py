@@ -36,7 +36,7 @@ class Stage:
         return self.outs["metrics.json"]
 
 
-_TRAINING = ("torch", "transformers")
+_TRAINING = ("torch", "transformers", "numpy")
 _SFT_DATA, _PAIRS, _PROMPTS = "data/prepared/sft", "data/prepared/pairs", "data/prepared/prompts"
 _TOKENIZER = "data/prepared/tokenizer"
 _SFT, _REWARD, _ACTOR, _CRITIC = "checkpoints/sft", "checkpoints/reward", "checkpoints/actor", "checkpoints/critic"
@@ -59,7 +59,7 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
                 "seed data model",
                 {},
                 {"sft": _SFT_DATA, "pairs": _PAIRS, "prompts": _PROMPTS, "tokenizer": _TOKENIZER},
-                ("tokenizers", "transformers", "pyarrow"),
+                ("tokenizers", "transformers", "pyarrow", "numpy"),
             ),
             _stage(
                 "sft",

@@ -150,6 +150,12 @@ class Store:
             log.warning("%s: a damaged manifest, ignored; the work is done again", folder)
         return None
 
+    def entries(self) -> Iterator[Entry]:
+        """Every entry with a whole manifest."""
+        for folder in self.root.iterdir():
+            if (folder / "manifest.json").exists() and (entry := self.find(folder.name)):
+                yield entry
+
     def discard(self, key: str) -> None:
         """Remove an entry, whatever its state."""
         with contextlib.suppress(FileNotFoundError):

@@ -130,7 +130,9 @@ class Tracker:
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set or overwrite tags."""
-        for part in _chunks([RunTag(name, str(value)) for name, value in tags.items()], MAX_PARAMS_TAGS_PER_BATCH):
+        for part in _chunks(
+            [RunTag(_clean(name), str(value)) for name, value in tags.items()], MAX_PARAMS_TAGS_PER_BATCH
+        ):
             self.client.log_batch(run_id, tags=part)
 
     def log_series(self, run_id: str, series: Iterable[Mapping[str, Any]]) -> None:

@@ -6,7 +6,9 @@ optimizer and the number of the next step are all its state.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +25,8 @@ from rlhf_tasks.seeds import permutation
 
 if TYPE_CHECKING:
     from rlhf_tasks import config
+
+log = logging.getLogger(__name__)
 
 SAVE_EVERY_SECONDS = 30
 ADAM_EPS = 1e-5
@@ -149,7 +153,8 @@ def save_training_state(partial: Path, model: Any, optimizer: torch.optim.Optimi
     writing.mkdir(parents=True)
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, writing / "model.safetensors")
     save_file(optimizer_tensors(optimizer), writing / "optimizer.safetensors")
-    (writing / "state.json").write_text(json.dumps({"step": step}))
+    digests = {file.name: _sha256(file) for file in writing.glob("*.safetensors")}
+    (writing / "state.json").write_text(json.dumps({"step": step, "sha256": digests}))
     writing.rename(folder)
     for old in partial.glob("step-*"):
         if old != folder:
@@ -157,13 +162,26 @@ def save_training_state(partial: Path, model: Any, optimizer: torch.optim.Optimi
 
 
 def load_training_state(partial: Path, model: Any, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest state of unfinished training, if there is one. Returns the number of steps that it has done."""
+    """Load the newest state of unfinished training, if there is a whole one. Returns how many steps it has done."""
     folders = sorted(partial.glob("step-*"))
     if not folders:
+        return 0
+    try:
+        state = json.loads((folders[-1] / "state.json").read_text())
+        damaged = [name for name, digest in state["sha256"].items() if _sha256(folders[-1] / name) != digest]
+    except (OSError, ValueError, KeyError):
+        damaged = ["state.json"]
+    if damaged:
+        log.warning("%s: %s is damaged; training starts from its beginning", folders[-1], damaged[0])
         return 0
     weights = load_file(folders[-1] / "model.safetensors")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
     load_optimizer_tensors(optimizer, load_file(folders[-1] / "optimizer.safetensors"))
-    return int(json.loads((folders[-1] / "state.json").read_text())["step"])
+    return int(state["step"])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

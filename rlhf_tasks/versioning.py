@@ -86,7 +86,8 @@ def _dvc(root: Path, *arguments: str) -> str:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no reason given"]
-        raise UserError(f"`dvc {' '.join(arguments)}` failed: {reason[0].removeprefix('ERROR: ')}")
+        remedy = "; run `git init`, or `dvc config core.no_scm true`" if "not a git repository" in reason[0] else ""
+        raise UserError(f"`dvc {' '.join(arguments)}` failed: {reason[0].removeprefix('ERROR: ')}{remedy}")
     return done.stdout
 
 

@@ -87,14 +87,14 @@ def run(*, seed: int, data: config.Data, model: config.Model, out: Path, progres
     tokenizer.save_pretrained(out / "tokenizer")
     encoder = Encoder(tokenizer, template == "chat", data.max_prompt_tokens, data.max_response_tokens)
     counts, numbers = _write(tables, encoder, data, out, progress)
-    summary = {
+    details = {
         "rows": rows_read,
-        "written": counts,
         "dropped": {kind: asdict(dropped) for kind, dropped in feedback.dropped.items()},
         "too_short": feedback.too_short,
         "vocabulary": len(tokenizer),
         **numbers,
     }
+    summary = {**counts, "details": details}
     (out / "metrics.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return counts
 

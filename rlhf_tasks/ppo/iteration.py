@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,7 @@ from rlhf_tasks.ppo.functional import (
     masked_var,
 )
 from rlhf_tasks.ppo.optimization import Learner, optimize
-from rlhf_tasks.ppo.rollout import Sampling, ended, sample_responses
+from rlhf_tasks.ppo.rollout import Sampling, distinct_bigrams, ended, sample_responses
 from rlhf_tasks.seeds import permutation
 
 if TYPE_CHECKING:
@@ -166,12 +165,6 @@ def rollout_metrics(episodes: Episodes, experience: Experience, raw_scores: Tens
         "response/distinct_bigrams": torch.tensor(distinct_bigrams(episodes.responses)),
     }
     return {name: float(number) for name, number in numbers.items()} | {"objective/kl_coef": kl_coef}
-
-
-def distinct_bigrams(responses: Sequence[Sequence[int]]) -> float:
-    """Different token bigrams as a share of all, over the responses together (Li et al. 2016); 0 when there is none."""
-    bigrams = [pair for response in responses for pair in pairwise(response)]
-    return len(set(bigrams)) / max(1, len(bigrams))
 
 
 class Clock:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,3 +114,9 @@ def uniforms(episodes: int, length: int, seed_names: tuple[str | int, ...]) -> T
 def ended(responses: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> list[bool]:
     """Whether each response came to an EOS or stop token within its length."""
     return [bool(response) and response[-1] in stop_ids for response in responses]
+
+
+def distinct_bigrams(responses: Sequence[Sequence[int]]) -> float:
+    """Different token bigrams as a share of all, over the responses together (Li et al. 2016); 0 when there is none."""
+    bigrams = [pair for response in responses for pair in pairwise(response)]
+    return len(set(bigrams)) / max(1, len(bigrams))

@@ -131,9 +131,10 @@ def test_every_row_is_written_in_the_one_encoding(shipped):
 
 def test_the_summary_counts_what_was_written(shipped):
     out, counts, _ = shipped
-    summary = json.loads((out / "metrics.json").read_text())
+    document = json.loads((out / "metrics.json").read_text())
+    summary = document.pop("details")
     assert summary["rows"] == {"movie_reviews.jsonl.gz": 10605}
-    assert summary["written"] == counts
+    assert document == counts
     assert summary["dropped"]["sft"] == {"duplicates": 2, "contradictions": 0, "leaks": 0}
     assert summary["vocabulary"] == 2048
     responses = TokenColumn(read_table(out / "sft" / "train.arrow"), "response_ids")
@@ -177,7 +178,7 @@ def test_files_of_every_kind_together(tmp_path, preferences):
     ]
     model = {"scratch": {"vocab_size": 400}}
     counts = prepare(tmp_path / "out", {"sources": sources, "template": "auto", "heldout": 0.3}, model)
-    summary = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    summary = json.loads((tmp_path / "out" / "metrics.json").read_text())["details"]
     read = {"alpaca.json": 30, "preferences.jsonl": 40, "preferences.jsonl (2)": 40, "ratings.csv": 40}
     assert summary["rows"] == read
     assert summary["dropped"]["pairs"]["duplicates"] == 40
@@ -203,7 +204,7 @@ def test_a_local_model_brings_its_tokenizer_and_chat_template(tmp_path, preferen
     assert row["prompt"].endswith(tokenizer.decode(row["prompt_ids"]))
     assert len(row["prompt_ids"]) == 20
     assert row["prompt_ids"].count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 1, "cut on the left"
-    summary = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    summary = json.loads((tmp_path / "out" / "metrics.json").read_text())["details"]
     assert summary["tokens"]["sft_train"]["prompt"] == {"max": 20, "mean": 20, "p95": 20, "share_cut": 1}
     assert summary["tokens"]["pairs_train"]["rejected"]["share_cut"] == 1
 
@@ -226,7 +227,7 @@ def test_pairs_that_became_the_same_by_being_cut_are_left_out(tmp_path):
     counts = prepare(
         tmp_path / "out", data | {"template": "none", "max_prompt_tokens": 4}, {"base": str(tmp_path / "base")}
     )
-    summary = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    summary = json.loads((tmp_path / "out" / "metrics.json").read_text())["details"]
     assert sum(summary["same_after_cut"].values()) == 40
     assert summary["tokens"]["prompts_train"]["prompt"]["max"] == 4
     assert summary["tokens"]["prompts_train"]["prompt"]["share_cut"] == 0, "as long as may be is not cut"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -213,3 +214,43 @@ def test_a_damaged_checkpoint_is_noticed_and_made_again(copy_of: Project) -> Non
     assert states(done.stdout) == {stage: "done" if stage == "sft" else "cached" for stage in STAGES}, done.stderr
     assert "missing or not what was written there" in done.stderr + done.stdout
     assert copy_of.lock() == before
+
+
+def test_a_store_that_is_gone_is_adopted_from_what_dvc_vouches_for(copy_of: Project) -> None:
+    before = copy_of.lock()
+    shutil.rmtree(copy_of.root / ".rlhf/store")
+    done = copy_of.rlhf("run")
+    assert states(done.stdout) == dict.fromkeys(STAGES, "cached"), done.stdout + done.stderr
+    assert copy_of.lock() == before
+
+
+def test_another_library_version_is_not_the_same_environment(copy_of: Project) -> None:
+    metadata = copy_of.root / "newer/torch-2.99.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.99.0\n")
+    copy_of.environment = copy_of.environment | {"PYTHONPATH": str(metadata.parent)}
+    done = copy_of.rlhf("run", "--until", "sft")
+    assert states(done.stdout) == {"prepare": "cached", "sft": "done"}, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("door", [("rlhf", "run", "--until", "sft"), ("dvc", "repro", "sft")])
+def test_an_edit_while_a_stage_runs_is_never_recorded_as_read(copy_of: Project, door: tuple[str, ...]) -> None:
+    copy_of.set(sft__epochs=400)
+    before = (copy_of.root / "dvc.lock").read_text()
+    run = copy_of.start(*door)
+    limit = time.monotonic() + 120
+    while not list((copy_of.root / ".rlhf/store/partial").glob("*/series.jsonl")):
+        assert time.monotonic() < limit
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    copy_of.set(sft__learning_rate=0.009)
+    output, errors = run.communicate(timeout=240)
+    assert run.returncode != 0, output
+    assert "sft: params.yaml, its inputs or its code changed while it ran" in errors + output
+    assert (copy_of.root / "dvc.lock").read_text() == before
+
+
+def test_nobody_registers_an_actor_made_of_stale_stages(copy_of: Project) -> None:
+    refused = copy_of.rlhf("run", "--from", "ppo", "--set", "sft.learning_rate=0.009")
+    assert refused.returncode == 2
+    assert "sft, reward would have to run first" in refused.stderr or "sft would have to run first" in refused.stderr
