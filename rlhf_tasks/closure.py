@@ -42,6 +42,8 @@ def _imports(path: Path) -> Iterator[str]:
     for node in _running_nodes(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            raise ImportError(f"{path}:{node.lineno}: a relative import; write it absolute, so that keys can follow it")
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE:
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"

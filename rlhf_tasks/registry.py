@@ -267,7 +267,7 @@ A language model tuned from human feedback: supervised fine-tuning, a reward mod
 import mlflow
 
 generate = mlflow.transformers.load_model("models:/{name}@champion")
-print(generate("{tracking.example}", return_full_text=False))
+print(generate({tracking.example!r}, return_full_text=False))
 ```
 
 It samples as it was trained: temperature {generation.temperature}, at most {generation.max_new_tokens} new tokens.
