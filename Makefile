@@ -9,10 +9,10 @@ run: .venv/installed
 	rlhf run
 
 test: .venv/installed lint
-	python -m pytest
+	python -m pytest -n 2
 
 test-slow: .venv/installed
-	python -m pytest -m slow
+	python -m pytest -n 2 -m slow
 
 lint: .venv/installed
 	ruff check .

@@ -11,9 +11,10 @@ import typer
 
 from flows import environment
 from flows.run import Stopped, run_here
+from flows.server import forced_by_dvc
 from rlhf_tasks.closure import SOURCE_ROOT
-from rlhf_tasks.config import Params, load_params, set_params
-from rlhf_tasks.engine import alone
+from rlhf_tasks.config import Params, load_params, parse_assignments, set_params
+from rlhf_tasks.engine import alone, state_folder
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import STAGES, stages_between
 
@@ -34,6 +35,7 @@ a changed parameter runs what depends on it, and a run that was killed goes on w
 
 * `rlhf run`: everything that is out of date
 * `rlhf run --set ppo.kl.coef=0.2`: change a parameter in params.yaml, then the same
+* `rlhf run --refresh`: do it all again, and see whether it comes out the same
 * `rlhf run --from ppo --until evaluate`: only these stages, on what the earlier ones left
 * `rlhf status`: what is done, what is out of date, why
 * `dvc repro`: the same work through DVC; `mlflow ui`: every run's curves and the registered models
@@ -51,13 +53,14 @@ def run(
     start: Annotated[str, typer.Option("--from", metavar="STAGE", help=f"First stage: {STAGE_NAMES}.")] = "prepare",
     until: Annotated[str, typer.Option(metavar="STAGE", help="Last stage.")] = "register",
     set_: Set = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Do it all again, whatever is stored.")] = False,
 ) -> None:
     """Run the pipeline: every stage that is out of date, and nothing else."""
     root = Path.cwd()
     stages_between(start, until)
     params = _params(root, set_ or [])
-    environment.configure(root)
-    run_here(root, start, until)
+    environment.configure_prefect(state_folder(root))
+    run_here(root, start, until, refresh=refresh)
     from flows.console import say_report
     from rlhf_tasks.report import make_report
 
@@ -70,8 +73,8 @@ def stage(name: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {ST
     """Run one stage, on what the earlier ones left. This is what `dvc repro` calls."""
     root = Path.cwd()
     _params(root, [])
-    environment.configure(root)
-    run_here(root, name, name)
+    environment.configure_prefect(state_folder(root))
+    run_here(root, name, name, refresh=forced_by_dvc())
 
 
 @app.command()
@@ -109,7 +112,7 @@ def _params(root: Path, assignments: list[str]) -> Params:
     if assignments:
         load_params(root / "params.yaml")
         with alone(root):  # another run in this checkout would go on with what is written here
-            for change in set_params(root / "params.yaml", assignments):
+            for change in set_params(root / "params.yaml", parse_assignments(assignments)):
                 print(f"params.yaml: {change}")
     return load_params(root / "params.yaml")
 

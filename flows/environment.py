@@ -26,20 +26,30 @@ QUIET = {
 }
 
 
-def configure(root: Path) -> None:
-    """Set the environment for a project at `root`, before those imports. What the user has set stays."""
-    state = root.resolve() / ".rlhf"  # absolute: relative paths follow the working folder
+# Threads that wait for each other spin for a while, then sleep. On two cores a training step took 0.27 s so and 0.82 s
+# by default while one core was busy elsewhere (never spinning: 0.37 s); alone, 0.24 s so and by default (never
+# spinning: 0.44 s). Read by libgomp when torch is imported.
+FAST = {"GOMP_SPINCOUNT": "50000"}
+
+
+def configure_libraries() -> None:
+    """Set what MLflow, DVC, Hugging Face and torch read on import. What the user has set stays."""
+    for name, value in {**PRIVATE, **QUIET, **FAST}.items():
+        os.environ.setdefault(name, value)
+    # Prefect gives its extra loggers a handler, but not a level: they would stay at the root's WARNING.
+    logging.getLogger("rlhf_tasks").setLevel(logging.INFO)
+
+
+def configure_prefect(state: Path) -> None:
+    """Set what Prefect reads on import, for a run of a project whose folder `.rlhf` is `state`. What the user has set
+    stays.
+
+    A worker runs deployments with the user's own settings, and with those of prefect.toml.
+    """
+    state = state.resolve()  # relative paths would follow the working folder
     ours = {
-        **PRIVATE,
-        **QUIET,
         "PREFECT_HOME": str(state / "prefect"),  # its database and profiles belong to the project, not to the user
         "PREFECT_LOCAL_STORAGE_PATH": str(state / "store" / "results"),
-        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # the default is pickle
-        # Threads that wait for each other spin for a while, then sleep. On two cores a training step took 0.27 s so and
-        # 0.82 s by default while one core was busy elsewhere (never spinning: 0.37 s); alone, 0.24 s so and by default
-        # (never spinning: 0.44 s). Read by libgomp when torch is imported.
-        "GOMP_SPINCOUNT": "50000",
-        "PREFECT_LOGGING_EXTRA_LOGGERS": "rlhf_tasks",  # what the work logs is shown with the flow run
     }
     # The handler's level, not PREFECT_LOGGING_LEVEL, which would keep INFO from the server too. Who sets the latter
     # wants to see it.
@@ -51,5 +61,3 @@ def configure(root: Path) -> None:
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     if "127.0.0.1" not in direct:
         os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (direct, "127.0.0.1")))
-    # Prefect gives the extra loggers its handler, but not a level: they would stay at the root's WARNING.
-    logging.getLogger("rlhf_tasks").setLevel(logging.INFO)

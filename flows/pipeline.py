@@ -1,67 +1,131 @@
-"""The Prefect flow `rlhf-pipeline` and its cached tasks: prepare → sft → reward → ppo → evaluate → register.
-
-A task's cache key is our key (rlhf_tasks/engine.py), so Prefect holds no opinion of its own: what the store has is
-Cached, what it lacks is run again.
-"""
+"""The Prefect flow `rlhf-pipeline`: prepare → sft → reward → ppo → evaluate → register, in this checkout."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, task
-from prefect.states import Completed
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
 
-from flows.console import Bar, say_stage
+from flows.artifacts import publish_origin, publish_report
+from flows.console import console, say_stage
+from flows.hooks import say_where_to_look
 from flows.record import Record, StageRecord
+from flows.tasks import Orders, run_ppo, run_stage
 from rlhf_tasks import engine, versioning
-from rlhf_tasks.config import load_params
+from rlhf_tasks.config import load_params, set_params
 from rlhf_tasks.engine import Job, Workspace
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.report import headline
+from rlhf_tasks.report import headline, make_report
 from rlhf_tasks.stages import STAGES, Stage, stages_between
 from rlhf_tasks.store import DamagedEntry, Entry
 
 log = logging.getLogger("rlhf_tasks.flows")
 
 
-@flow(name="rlhf-pipeline")
-def rlhf_pipeline(start: str = "prepare", until: str = "register") -> dict[str, Any]:
-    """Run the stages from `start` to `until` in the checkout that is the working folder.
+def run_name() -> str:
+    """What the run runs: its stages, and what it was asked to change."""
+    asked = flow_run.parameters
+    start, until = asked["start"], asked["until"]
+    changes = [f"{key}={value}" for key, value in (asked.get("params") or {}).items()]
+    refresh = ["refresh"] if asked.get("refresh") else []
+    return " ".join([start if start == until else f"{start} to {until}", *changes, *refresh])
+
+
+@flow(
+    name="rlhf-pipeline",
+    flow_run_name=run_name,
+    on_failure=[say_where_to_look],
+    on_crashed=[say_where_to_look],
+    on_cancellation=[say_where_to_look],
+)
+def rlhf_pipeline(
+    start: str = "prepare",
+    until: str = "register",
+    params: dict[str, Any] | None = None,
+    refresh: bool = False,
+    timeout_minutes: float | None = None,
+) -> dict[str, Any]:
+    """Bring the stages from `start` to `until` up to date, in the checkout that is the working folder.
+
+    Args:
+        start: the first stage: prepare, sft, reward, ppo, evaluate or register.
+        until: the last stage.
+        params: written into the checkout's params.yaml first, by dotted key: `{"ppo.kl.coef": 0.2}`.
+        refresh: do all of the work again, whatever is stored.
+        timeout_minutes: give up then; what is finished is kept, and a retry goes on from there.
 
     Returns:
         For each stage, the reference of its result: stage, path in the store, digest.
     """
-    return run_stages(Path.cwd(), stages_between(start, until))
+    root, stages = Path.cwd(), stages_between(start, until)
+    deadline = time.monotonic() + 60 * timeout_minutes if timeout_minutes else None
+    with engine.alone(root):
+        bring_checkout_up_to_date(root, params or {})
+        try:
+            return run_stages(root, stages, Orders(refresh, deadline))
+        except TimeoutError:
+            raise UserError(
+                f"stopped after `timeout_minutes: {timeout_minutes:g}`; what is finished is kept: retry the run, or "
+                "give it more time"
+            ) from None
 
 
-def run_stages(root: Path, stages: list[Stage]) -> dict[str, Any]:
+def bring_checkout_up_to_date(root: Path, params: dict[str, Any]) -> None:
+    """Write parameters into params.yaml, and keep dvc.yaml true: its deps follow params.yaml and the code.
+
+    Raises:
+        UserError: a parameter is wrong; or DVC is running this stage from a dvc.yaml that is out of date.
+    """
+    for change in set_params(root / "params.yaml", params):
+        log.info("params.yaml: %s", change)
+    if not versioning.update_pipeline(root, load_params(root / "params.yaml")):
+        return
+    if versioning.inside_stage():
+        raise UserError(
+            "dvc.yaml did not list what params.yaml and the code say now; it has been brought up to date, "
+            "so run the same `dvc` command again"
+        )
+    console.print("dvc.yaml: brought up to date with params.yaml and the code")
+
+
+def run_stages(root: Path, stages: list[Stage], orders: Orders) -> dict[str, Any]:
     """Bring the stages up to date, in order, recording each with DVC and MLflow as soon as it is finished."""
     workspace = Workspace(root, load_params(root / "params.yaml"))
-    with engine.alone(root), Record.open(workspace) as record:
-        outdated = set(STAGES) if versioning.inside_stage() else versioning.outdated_stages(root)
-        if not versioning.inside_stage():
-            refuse_stale_inputs(stages, outdated)
+    outdated = set(STAGES) if versioning.inside_stage() else versioning.outdated_stages(root)
+    if not versioning.inside_stage():
+        refuse_stale_inputs(stages, outdated)
+    with Record.open(workspace, stages) as record:
+        publish_origin(record.origin())
         done, untouched = {}, True
         for stage in stages:
             with record.stage(stage) as stage_record:
                 # What DVC said of a stage holds only as long as nothing before it has changed.
                 vouched = untouched and stage.name not in outdated
-                entry, fresh = bring_up_to_date(workspace, stage, stage_record, vouched=vouched)
+                entry, fresh = bring_up_to_date(workspace, stage, stage_record, orders, vouched=vouched)
                 untouched = untouched and not fresh
                 record_with_dvc(workspace, stage, entry, stale=fresh or stage.name in outdated)
                 if stage.name == "register":
                     stage_record.settle()
                 done[stage.name] = asdict(entry.ref)
+        if stages[-1].name in ("evaluate", "register"):
+            publish_report(make_report(root, workspace.params.evaluate.examples))
+        publish_origin(record.origin())  # once more: dvc.lock is another now
         return done
 
 
-def bring_up_to_date(workspace: Workspace, stage: Stage, record: StageRecord, *, vouched: bool) -> tuple[Entry, bool]:
+def bring_up_to_date(
+    workspace: Workspace, stage: Stage, record: StageRecord, orders: Orders, *, vouched: bool
+) -> tuple[Entry, bool]:
     """Find a stage's result or make it, and have it in the workspace.
 
     Args:
@@ -71,20 +135,51 @@ def bring_up_to_date(workspace: Workspace, stage: Stage, record: StageRecord, *,
         The result, and whether the workspace changed.
     """
     job, started = engine.plan(workspace, stage), time.monotonic()
-    hit = find_result(workspace, job, vouched=vouched)
+    before = workspace.store.find(job.key) if orders.refresh else None
+    if orders.refresh:
+        engine.forget(workspace, job)
+    hit = None if orders.refresh else find_result(workspace, job, vouched=vouched)
     make = run_ppo if stage.name == "ppo" else run_stage
     try:
-        entry = make(workspace, job, hit, record)
+        with nullcontext() if hit else device_slot(workspace, stage), nullcontext() if hit else record.working():
+            entry = make(workspace, job, hit, record, orders)
         fresh = hit is None or not engine.exported(workspace, entry)
         engine.export(workspace, entry)
     except DamagedEntry as error:
         log.warning("%s; the stage %s is done again", error, stage.name)
-        workspace.store.discard(job.key)
-        return bring_up_to_date(workspace, stage, record, vouched=False)
+        engine.forget(workspace, job)
+        return bring_up_to_date(workspace, stage, record, orders, vouched=False)
     record.finished(entry, cached=hit is not None)
+    if before and before.digest != entry.digest:
+        log.warning("%s: done again, it came out different: %s before, %s now", stage.name, before.digest, entry.digest)
     how, seconds = "cached" if hit else "done", time.monotonic() - started
     say_stage(stage.name, how, seconds, headline(stage.name, entry.manifest["metrics"]))
+    log.info("%s: %s, %s", stage.name, how, entry.digest)
     return entry, fresh
+
+
+@contextmanager
+def device_slot(workspace: Workspace, stage: Stage) -> Iterator[None]:
+    """Wait for a slot of the Prefect concurrency limit `rlhf-cuda` or `rlhf-cpu`, where the user made one.
+
+    A stage holds it from its first batch to its last: between two PPO iterations the models stay in memory.
+    """
+    limit = f"rlhf-{workspace.params.runtime.device}"
+    if "runtime" not in stage.sections or not limit_exists(limit):
+        yield
+        return
+    log.info("%s: waiting for a slot of the concurrency limit %s", stage.name, limit)
+    with concurrency(limit, occupy=1):
+        yield
+
+
+def limit_exists(name: str) -> bool:
+    """Whether the server has a global concurrency limit of this name; asking for slots of none would warn."""
+    with get_client(sync_client=True) as client:
+        try:
+            return bool(client.read_global_concurrency_limit_by_name(name))
+        except ObjectNotFound:
+            return False
 
 
 def find_result(workspace: Workspace, job: Job, *, vouched: bool) -> Entry | None:
@@ -93,66 +188,6 @@ def find_result(workspace: Workspace, job: Job, *, vouched: bool) -> Entry | Non
     if entry and (engine.exported(workspace, entry) or entry.has_payload()):
         return entry
     return engine.adopt(workspace, job) if vouched else None
-
-
-def run_stage(workspace: Workspace, job: Job, hit: Entry | None, record: StageRecord) -> Entry:
-    """A stage that is one task."""
-
-    def work() -> Entry:
-        with Bar(job.stage) as bar:
-            return engine.perform(workspace, job, lambda row, total: record.watch(row, total, bar))
-
-    return run_task(job, job.stage, hit, work)
-
-
-def run_ppo(workspace: Workspace, job: Job, hit: Entry | None, record: StageRecord) -> Entry:
-    """The ppo stage: a task an iteration, each from the state that its parent left, and one that collects them."""
-    total = workspace.params.ppo.iterations
-    known = engine.known_iterations(workspace)
-    if hit and len(known) < total:  # adopted from DVC, which keeps no iterations
-        return run_task(job, "ppo", hit, lambda: hit)
-    done = known if hit else known[: engine.usable_iterations(known)]
-    hits = len(done)
-    with Bar("ppo") as bar:
-        for iteration in range(1, total + 1):
-            parent = done[iteration - 2] if iteration > 1 else None
-            step = engine.plan_iteration(workspace, iteration, parent)
-            entry = run_task(
-                step,
-                f"ppo-{iteration:03d}",
-                done[iteration - 1] if iteration <= hits else None,
-                partial(engine.perform_iteration, workspace, step, parent),
-            )
-            if iteration > hits:
-                done.append(entry)
-                engine.prune_iterations(done)
-            record.iteration(entry)
-            bar(iteration, total, entry.manifest["metrics"])
-    return run_task(job, "ppo", hit, lambda: engine.finish_ppo(workspace, job, done))
-
-
-def run_task(job: Job, name: str, hit: Entry | None, work: Callable[[], Entry]) -> Entry:
-    """A piece of work as a Prefect task under our key. What the store has is Cached, whatever Prefect remembers."""
-    entry: list[Entry] = [hit] if hit else []
-
-    def body() -> object:
-        if hit:
-            return Completed(name="Cached", message="found in the store", data=asdict(hit.ref))
-        entry.append(work())
-        return asdict(entry[0].ref)
-
-    keyed_task.with_options(name=job.stage, task_run_name=name, refresh_cache=hit is None)(job.key, body)
-    return entry[0]
-
-
-@task(
-    cache_key_fn=lambda context, parameters: parameters["key"],
-    persist_result=True,
-    result_serializer="json",
-)
-def keyed_task(key: str, body: Callable[[], object]) -> object:
-    """Run `body`, whose result belongs to `key`: a reference as JSON."""
-    return body()
 
 
 def record_with_dvc(workspace: Workspace, stage: Stage, entry: Entry, *, stale: bool) -> None:

@@ -1,7 +1,8 @@
 """A run's record in MLflow, written as the stages go: a parent run, a child a stage, live while it trains.
 
 What is logged live and what is replayed from a manifest afterwards are the same points, so cached and fresh stages end
-up with the same curves.
+up with the same curves. That is also why a server that goes away in the middle costs nothing: the work goes on, and the
+next run records what is missing.
 """
 
 from __future__ import annotations
@@ -10,26 +11,28 @@ import json
 import logging
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 
-from flows.console import Bar
+from flows.artifacts import Progress
 from flows.server import session
-from rlhf_tasks import registry, versioning
+from rlhf_tasks import engine, registry, versioning
 from rlhf_tasks.config import flatten
 from rlhf_tasks.engine import Workspace
-from rlhf_tasks.registry import Settled, TrackingContext
+from rlhf_tasks.errors import UserError
+from rlhf_tasks.registry import TrackingContext
 from rlhf_tasks.stages import STAGES, Stage
 from rlhf_tasks.store import Entry, digest_file, digest_path
-from rlhf_tasks.tracking import Status, Tracker
+from rlhf_tasks.tracking import Status, Tracker, Unreachable, answered
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("rlhf_tasks.flows")
 
 #: what ends a run from outside: Ctrl-C, and SIGTERM as Prefect raises it
 INTERRUPTS = (KeyboardInterrupt, TerminationSignal)
@@ -37,46 +40,62 @@ INTERRUPTS = (KeyboardInterrupt, TerminationSignal)
 SESSION = "rlhf.session"
 SECONDS_BETWEEN_WRITES = 5.0
 
+P = ParamSpec("P")
+
+
+def unless_down(
+    method: Callable[Concatenate[Any, P], None],
+) -> Callable[Concatenate[Any, P], None]:
+    """Write to MLflow while it answers. Where it stops, say so once, and let the work go on."""
+
+    @wraps(method)
+    def write(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        record: Record = getattr(self, "parent", self)
+        if record.outage:
+            return
+        try:
+            with answered(record.tracker.uri):
+                method(self, *args, **kwargs)
+        except Unreachable as error:
+            record.outage = str(error)
+            log.warning("%s; the work goes on, and the next run records what is missing", error)
+
+    return write
+
 
 @dataclass
 class Record:
-    """The parent run of a pipeline."""
+    """The parent run of a pipeline.
+
+    Attributes:
+        outage: why MLflow is not written to any more; empty while it answers.
+    """
 
     workspace: Workspace
-    tracker: Tracker
-    run_id: str
     lineage: dict[str, str]
+    tracker: Tracker = field(init=False)
+    run_id: str = ""
+    outage: str = ""
 
     @classmethod
     @contextmanager
-    def open(cls, workspace: Workspace) -> Iterator[Record]:
-        """Start the parent run, or go on with the one that an earlier stage of the same `dvc repro` started."""
-        tracker, name_of_session = Tracker(workspace.root), session()
-        tracker.close_dead_runs()
-        origin = lineage(workspace.root)  # once: the run itself changes dvc.lock, and with it whether git is clean
-        run_id = tracker.find_run(SESSION, name_of_session) if versioning.inside_stage() else None
-        if run_id:
-            tracker.resume(run_id)
-        else:
-            name = "dvc repro" if versioning.inside_stage() else str(flow_run.name)
-            tags = {SESSION: name_of_session} | origin
-            run_id = tracker.start_pipeline(flatten(workspace.params), tags, name)
-        status: Status = "FAILED"
-        try:
-            yield cls(workspace, tracker, run_id, origin)
-            status = "FINISHED"
-        except INTERRUPTS:
-            status = "KILLED"
-            raise
-        finally:
-            tracker.set_tags(run_id, dvc_lock(workspace.root))
-            tracker.finish(run_id, status)
+    def open(cls, workspace: Workspace, stages: list[Stage]) -> Iterator[Record]:
+        """Start the parent run, or go on with the one that an earlier stage of the same `dvc repro` started.
 
-    @contextmanager
-    def stage(self, stage: Stage) -> Iterator[StageRecord]:
-        """A child run for a stage, closed with how the stage ended."""
-        run_id = self.tracker.start_stage(self.run_id, stage.name, self.lineage)
-        record = StageRecord(self, stage, run_id)
+        Raises:
+            Unreachable: MLflow does not answer and `tracking.when_down` is `stop`: at once, or, if it went away in the
+                middle, at the end.
+            UserError: the registry holds something else under the Actor's name.
+        """
+        # lineage once: the run itself changes dvc.lock, and with it whether git is clean
+        record, patient = cls(workspace, lineage(workspace.root)), workspace.params.tracking.when_down == "continue"
+        try:
+            record._start([stage.name for stage in stages])
+        except Unreachable as error:
+            if not patient:
+                raise UserError(f"{error}; or set `tracking.when_down: continue` to train unrecorded") from None
+            record.outage = str(error)
+            log.warning("%s; nothing is recorded or registered now, but the next run that reaches it does so", error)
         status: Status = "FAILED"
         try:
             yield record
@@ -85,7 +104,60 @@ class Record:
             status = "KILLED"
             raise
         finally:
-            self.tracker.finish(run_id, status)
+            record._finish(status)
+        if record.outage and not patient:
+            raise UserError(
+                f"{record.outage}; all stages are done and in dvc.lock, but not all is recorded or registered: "
+                "run again when it answers"
+            )
+
+    def _start(self, stages: list[str]) -> None:
+        self.tracker = tracker = Tracker(engine.project_folder(self.workspace.root))
+        with answered(tracker.uri):
+            if "register" in stages:
+                registry.check_name(self.workspace.params.register_.name, tracker.uri)
+            tracker.close_dead_runs()
+            name_of_session = session()
+            known = tracker.find_run(SESSION, name_of_session) if versioning.inside_stage() else None
+            if known:
+                self.run_id = known
+                tracker.resume(known)
+                return
+            name = "dvc repro" if versioning.inside_stage() else str(flow_run.name)
+            tags = {SESSION: name_of_session} | self.lineage
+            self.run_id = tracker.start_pipeline(flatten(self.workspace.params), tags, name)
+
+    @unless_down
+    def _finish(self, status: Status) -> None:
+        self.tracker.set_tags(self.run_id, dvc_lock(self.workspace.root))
+        self.tracker.finish(self.run_id, status)
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[StageRecord]:
+        """A child run for a stage, closed with how the stage ended."""
+        record = StageRecord(self, stage)
+        record.start()
+        status: Status = "FAILED"
+        try:
+            yield record
+            status = "FINISHED"
+        except INTERRUPTS:
+            status = "KILLED"
+            raise
+        finally:
+            record.close(status)
+
+    def origin(self) -> dict[str, str]:
+        """Where the record is and what the run came from, for whoever comes from Prefect."""
+        if self.outage:
+            return {"MLflow": f"not recorded: {self.outage}"} | self.lineage | dvc_lock(self.workspace.root)
+        experiment = self.tracker.experiment_id
+        return {
+            "MLflow run": self.tracker.link(self.run_id),
+            "MLflow experiment": experiment,
+            **self.lineage,
+            **dvc_lock(self.workspace.root),
+        }
 
 
 @dataclass
@@ -94,37 +166,60 @@ class StageRecord:
 
     parent: Record
     stage: Stage
-    run_id: str
+    run_id: str = ""
     _waiting: list[dict[str, Any]] = field(default_factory=list)
     _written: float = field(default_factory=time.monotonic)
 
-    def watch(self, row: dict[str, Any], total: int, bar: Bar | None) -> None:
+    @unless_down
+    def start(self) -> None:
+        tracker, params = self.parent.tracker, self.parent.workspace.params
+        self.run_id = tracker.start_stage(self.parent.run_id, self.stage.name, self.parent.lineage)
+        read = tuple(f"{section}." for section in self.stage.sections)
+        tracker.log_params(self.run_id, {k: v for k, v in flatten(params).items() if f"{k}.".startswith(read)})
+
+    @unless_down
+    def close(self, status: Status) -> None:
+        self.parent.tracker.finish(self.run_id, status)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Measure the machine (CPU, memory, disk, GPU) while a stage's work is done."""
+        if self.parent.outage:
+            yield
+            return
+        with self.parent.tracker.system_metrics(self.run_id):
+            yield
+
+    def watch(self, row: dict[str, Any], total: int, progress: Progress) -> None:
         """Show a step, and log it, together with others, every few seconds."""
-        if bar:
-            bar(row["step"], total, row["values"])
+        progress(row["step"], total, row["values"])
         if row["values"]:
             self._waiting.append(row)
         if self._waiting and time.monotonic() - self._written > SECONDS_BETWEEN_WRITES:
-            self.parent.tracker.log_series(self.run_id, self._waiting)
+            self._write()
             self._waiting, self._written = [], time.monotonic()
 
+    @unless_down
+    def _write(self) -> None:
+        self.parent.tracker.log_series(self.run_id, self._waiting)
+
+    @unless_down
     def iteration(self, entry: Entry) -> None:
         """Log a PPO iteration, fresh or cached, with its own time and how long its phases took."""
         rows = entry.manifest["series"]
         perf = {f"perf/{name}": value for name, value in entry.manifest["perf"].items()}
         self.parent.tracker.log_series(self.run_id, [row | {"values": row["values"] | perf} for row in rows])
 
+    @unless_down
     def finished(self, entry: Entry, cached: bool) -> None:
         """Log all of a stage's result: its curve, final numbers, inputs by digest, samples."""
         tracker, manifest, root = self.parent.tracker, entry.manifest, self.parent.workspace.root
         tracker.log_series(self.run_id, manifest["series"])
         in_curve = {name for row in manifest["series"] for name in row["values"]}
-        finals = {
-            name if "/" in name else f"{self.stage.name}/{name}": value
-            for name, value in manifest["metrics"].items()
-            if "/" not in name or name not in in_curve
-        }
-        tracker.log_metrics(self.run_id, finals | {f"perf/{k}": v for k, v in manifest["perf"].items()})
+        named = {name if "/" in name else f"{self.stage.name}/{name}": v for name, v in manifest["metrics"].items()}
+        perf = {f"perf/{name}": value for name, value in manifest["perf"].items()}
+        tracker.log_metrics(self.run_id, {k: v for k, v in named.items() if k not in in_curve} | perf)
+        tracker.log_metrics(self.parent.run_id, named)  # so that pipelines can be compared by their parent runs
         tags = {"rlhf.key": manifest["key"], "rlhf.digest": entry.digest, "rlhf.cached": str(cached).lower()}
         inputs = manifest["identity"]["inputs"]
         tracker.set_tags(self.run_id, tags | {f"rlhf.input.{path}": digest for path, digest in inputs.items()})
@@ -137,7 +232,8 @@ class StageRecord:
             tracker.log_table(self.run_id, "samples.json", list(rows[0]), [list(row.values()) for row in rows])
         tracker.log_artifact(self.run_id, root / self.stage.metrics)
 
-    def settle(self) -> Settled:
+    @unless_down
+    def settle(self) -> None:
         """Make sure that the registry knows the Actor, and move `@champion` if the gate lets it.
 
         Called when the stage is in dvc.lock, so that the version's tag names a lock file that exists.
@@ -154,7 +250,7 @@ class StageRecord:
             tags=self.parent.lineage | dvc_lock(workspace.root) | digests,
             example=self._example(),
         )
-        return registry.settle(
+        registry.settle(
             register_=workspace.params.register_,
             generation=workspace.params.generation,
             actor=actor,

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from rlhf_tasks.errors import UserError
+from rlhf_tasks.errors import UserError, without_secrets
 from rlhf_tasks.processes import process_started
 
 if TYPE_CHECKING:
@@ -97,25 +97,31 @@ class ServerRecord:
 
 
 @contextmanager
-def server(root: Path) -> Iterator[str]:
+def server(state: Path, meanwhile: Callable[[], object] = lambda: None) -> Iterator[str]:
     """A Prefect server to run flows on: yields its API URL, which is also in `PREFECT_API_URL` and Prefect's settings.
 
     A server that the user named in `PREFECT_API_URL` is used as it is. Otherwise the project's own is joined or
     started. On leaving, what Prefect has queued is sent, and the server stops unless another owner lives.
 
+    Args:
+        state: the project's folder `.rlhf`.
+        meanwhile: what takes seconds and needs no server, such as imports; done while the server starts.
+
     Raises:
-        UserError: the server does not start.
+        UserError: the server does not start, or the one that the user named does not answer.
     """
     if named := os.environ.get("PREFECT_API_URL"):
+        _check_named(named)
+        meanwhile()
         yield named
         return
-    state = root.resolve() / ".rlhf"
-    owner = _owner()
+    state, owner = state.resolve(), _owner()
     record, child = _join(state, owner)
     os.environ["PREFECT_API_URL"] = record.url
     try:
         from prefect.settings import PREFECT_API_URL, temporary_settings  # takes seconds, in which the server starts
 
+        meanwhile()
         _await(record, state)
         with temporary_settings({PREFECT_API_URL: record.url}):  # in case it was imported before
             try:
@@ -186,12 +192,28 @@ def _owner_is_dead(tags: list[str]) -> bool:
 
 def _owner() -> Process:
     """The `dvc` command above this process if this is a DVC stage, else this process."""
+    dvc = _dvc_above()
+    with suppress(ProcessLookupError):
+        if dvc:
+            return Process.of(dvc.pid)
+    return Process.of(os.getpid())
+
+
+def forced_by_dvc() -> bool:
+    """Whether this is a stage of `dvc repro --force` or `dvc exp run --force`. DVC tells its stages nothing of it."""
+    dvc = _dvc_above()
+    with suppress(psutil.Error):
+        return dvc is not None and not {"-f", "--force"}.isdisjoint(dvc.cmdline())
+    return False
+
+
+def _dvc_above() -> psutil.Process | None:
     if os.environ.get("DVC_STAGE"):
         for parent in psutil.Process().parents():
-            with suppress(psutil.Error, ProcessLookupError):
+            with suppress(psutil.Error):
                 if _is_dvc(parent.cmdline()):
-                    return Process.of(parent.pid)
-    return Process.of(os.getpid())
+                    return parent
+    return None
 
 
 def _is_dvc(command: list[str]) -> bool:
@@ -289,6 +311,24 @@ def _await(record: ServerRecord, state: Path) -> None:
         f"The project's Prefect server {problem} while it was started. Its log, {log}, ends with:\n{tail}\n"
         "Mend what it says and run again, or set PREFECT_API_URL to a Prefect server of yours."
     )
+
+
+def _check_named(url: str) -> None:
+    """Whether Prefect answers at the URL that the user set.
+
+    Raises:
+        UserError: it does not.
+    """
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        problem = client.api_healthcheck()
+    if problem:
+        reason = without_secrets(" ".join(str(problem).split()))
+        raise UserError(
+            f"PREFECT_API_URL: found {without_secrets(url)}, which does not answer as a Prefect server ({reason}); "
+            "start it with `prefect server start`, or unset the variable for a server of the project's own"
+        )
 
 
 def _drain() -> None:

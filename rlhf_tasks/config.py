@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -248,6 +248,12 @@ class Register(Section):
     gate: Gate = Gate()
 
 
+class Tracking(Section):
+    """How a run goes about its record in MLflow; no result depends on it."""
+
+    when_down: Literal["stop", "continue"] = "stop"
+
+
 class Params(Section):
     """All of params.yaml."""
 
@@ -261,6 +267,7 @@ class Params(Section):
     ppo: PPO = PPO()
     evaluate: Evaluate = Evaluate()
     register_: Register = Field(default=Register(), alias="register")
+    tracking: Tracking = Tracking()
 
     def section(self, name: str) -> Any:
         """The value at a dotted key, as params.yaml spells it: `ppo.kl`, `register`."""
@@ -290,26 +297,39 @@ def parse_params(document: Any, name: str = "params.yaml") -> Params:
         raise UserError("\n".join(f"{name}: {p}" for p in problems)) from None
 
 
-def set_params(path: Path, assignments: list[str]) -> list[str]:
-    """Write `key.path=value` assignments into params.yaml, keeping its comments, if the result is valid.
-
-    Returns:
-        The assignments that changed something, as `key: old -> new`.
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """`["ppo.kl.coef=0.2"]` as `{"ppo.kl.coef": 0.2}`: values are read as YAML.
 
     Raises:
-        UserError: an assignment has no `=`, or the changed file would not be valid; the file is then left as it was.
+        UserError: one has no `=`, or its value is no YAML.
     """
-    document, yaml, changes = _read_yaml(path), YAML(), []
+    values = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"--set {assignment}: expected KEY=VALUE, for example --set ppo.kl.coef=0.1")
-        value, parts = _yaml_value(assignment, text), key.strip().split(".")
-        node = document
+        values[key.strip()] = _yaml_value(assignment, text)
+    return values
+
+
+def set_params(path: Path, values: Mapping[str, Any]) -> list[str]:
+    """Write values by their dotted keys into params.yaml, keeping its comments, if the result is valid.
+
+    Returns:
+        What changed, each as `key: old -> new`.
+
+    Raises:
+        UserError: the changed file would not be valid; it is then left as it was.
+    """
+    if not values:
+        return []
+    document, yaml, changes = _read_yaml(path), YAML(), []
+    for key, value in values.items():
+        parts, node = key.split("."), document
         for part in parts[:-1]:
             node = node.setdefault(part, {}) if isinstance(node, dict) else None
         if not isinstance(node, dict):
-            raise UserError(f"--set {assignment}: `{key}` is inside a plain value; expected the key of a section")
+            raise UserError(f"{path.name}: cannot set `{key}`, which is inside a plain value; expected a section's key")
         if parts[-1] not in node or node[parts[-1]] != value:
             changes.append(f"{key}: {node.get(parts[-1])} -> {value}")
         node[parts[-1]] = value

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,10 +72,15 @@ class Workspace:
         self.store = Store(state_folder(self.root) / "store")
 
 
-def state_folder(root: Path) -> Path:
-    """`.rlhf` of the checkout, or of the repository that a DVC experiment came from (DVC sets DVC_ROOT there)."""
+def project_folder(root: Path) -> Path:
+    """The checkout, or, of a DVC experiment beside it, the repository that it came from (DVC sets DVC_ROOT)."""
     owner = os.environ.get("DVC_ROOT") if os.environ.get("DVC_STAGE") else None
-    return Path(owner or root) / ".rlhf"
+    return Path(owner or root)
+
+
+def state_folder(root: Path) -> Path:
+    """`.rlhf` of the project: the store, Prefect's database, the server's record."""
+    return project_folder(root) / ".rlhf"
 
 
 # Planning ------------------------------------------------------------------------------------------------------------
@@ -171,6 +177,12 @@ def _refuse_changed_inputs(workspace: Workspace, job: Job) -> None:
 
 
 # Work ----------------------------------------------------------------------------------------------------------------
+
+
+def forget(workspace: Workspace, job: Job) -> None:
+    """Drop what the store has of a job, finished or begun: it will be done from its start."""
+    workspace.store.discard(job.key)
+    shutil.rmtree(workspace.store.partial(job.key), ignore_errors=True)
 
 
 def perform(workspace: Workspace, job: Job, watch: Watch) -> Entry:

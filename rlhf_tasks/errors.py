@@ -1,4 +1,6 @@
-"""The one exception for what a user can cause and mend."""
+"""The one exception for what a user can cause and mend, and what its sentences must not say."""
+
+import re
 
 
 class UserError(ValueError):
@@ -6,3 +8,9 @@ class UserError(ValueError):
 
     The command line prints it without a stack trace and exits with status 2.
     """
+
+
+def without_secrets(text: str) -> str:
+    """A text without the user names, passwords and queries of its URLs."""
+    text = re.sub(r"//[^/@\s]+@", "//", text)
+    return re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", text)

@@ -151,6 +151,29 @@ def gate(metrics: Mapping[str, float], rules: config.Gate) -> list[Outcome]:
     ]
 
 
+def check_name(name: str, tracking_uri: str) -> None:
+    """Refuse to register an Actor among versions of something else, before hours are spent.
+
+    Raises:
+        UserError: the name belongs to a prompt, or to models that this pipeline did not register.
+    """
+    client = MlflowClient(tracking_uri)
+    try:
+        tags = client.get_registered_model(name).tags
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return
+    found = "a prompt" if tags.get("mlflow.prompt.is_prompt") == "true" else ""
+    strangers = [v.version for v in client.search_model_versions(f"name = '{name}'") if DIGEST not in v.tags]
+    if strangers and not found:
+        found = f"a model whose version {strangers[0]} this pipeline did not register"
+    if found:
+        raise UserError(
+            f"register.name: {name!r} is {found} in the MLflow registry; choose another name in params.yaml"
+        )
+
+
 def find_version(name: str, actor_digest: str, tracking_uri: str) -> int | None:
     """The newest registered version of the Actor with this digest."""
     query = f"name = '{name}' and tags.{DIGEST} = '{actor_digest}'"

@@ -8,6 +8,7 @@ half-written entry never looks whole.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from rlhf_tasks.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +55,14 @@ def digest_path(path: Path) -> str:
 
     Raises:
         FileNotFoundError: there is nothing at the path.
+        UserError: there is something that has no content to digest.
     """
     if path.is_file():
         return _remembered_digest(path)
-    if not path.is_dir():
+    if not path.exists():
         raise FileNotFoundError(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: found neither a file nor a folder: what it holds cannot be keyed")
     return digest_json({name: _remembered_digest(path / name) for name in _files(path)})
 
 
@@ -169,13 +175,18 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self, key: str) -> Iterator[Path]:
-        """A fresh folder to fill with a payload; `commit` makes it an entry, leaving without it drops it."""
+        """A fresh folder to fill with a payload; `commit` makes it an entry, leaving without it drops it.
+
+        Raises:
+            UserError: the disk is full.
+        """
         folder = self.root / "tmp" / f"{key}.{uuid.uuid4().hex}"
-        (folder / "payload").mkdir(parents=True)
-        try:
-            yield folder / "payload"
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with full_disk_is_a_sentence(self.root):
+            (folder / "payload").mkdir(parents=True)
+            try:
+                yield folder / "payload"
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def commit(self, key: str, payload: Path, identity: dict[str, Any], **record: Any) -> Entry:
         """Make a filled payload the entry of a key: digests, manifest, sync, rename.
@@ -221,13 +232,43 @@ class Store:
 def place(source: Path, target: Path) -> None:
     """Put a file or folder of the store into the workspace, hard-linked where the file system can, else copied."""
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    staging.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, staging, copy_function=_link_or_copy)
-    else:
-        _link_or_copy(str(source), str(staging))
-    remove(target)
-    staging.rename(target)
+    try:
+        with full_disk_is_a_sentence(target.parent):
+            staging.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, staging, copy_function=_link_or_copy)
+            else:
+                _link_or_copy(str(source), str(staging))
+        remove(target)
+        staging.rename(target)
+    finally:
+        remove(staging)
+
+
+@contextlib.contextmanager
+def full_disk_is_a_sentence(folder: Path) -> Iterator[None]:
+    """Say it plainly when writing below a folder fails for want of space, whichever library wrote.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_full_disk(error):
+            raise
+        free = shutil.disk_usage(folder).free / 1e9
+        raise UserError(
+            f"{folder}: the disk is full ({free:.2f} GB free); make room, then run again: what is finished is kept"
+        ) from None
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def remove(path: Path) -> None:
@@ -247,7 +288,18 @@ def _link_or_copy(source: str, target: str) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """The files below a folder, by relative name.
+
+    Raises:
+        UserError: there is something that has no content to digest, such as a pipe or a link to nothing.
+    """
+    found = [path for path in folder.rglob("*") if not path.is_dir()]
+    for path in found:
+        if not path.is_file():
+            raise UserError(
+                f"{path}: found neither a file nor a folder, expected a file: what it holds cannot be keyed"
+            )
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def _names_are_safe(files: dict[str, Any]) -> bool:

@@ -21,7 +21,9 @@ from typing import Any, Literal, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import (
     MLFLOW_DATASET_CONTEXT,
     MLFLOW_LOGGED_ARTIFACTS,
@@ -34,8 +36,10 @@ from mlflow.utils.validation import (
     MAX_PARAM_VAL_LENGTH,
     MAX_PARAMS_TAGS_PER_BATCH,
 )
+from requests import RequestException
+from sqlalchemy.exc import SQLAlchemyError
 
-from rlhf_tasks.errors import UserError
+from rlhf_tasks.errors import UserError, without_secrets
 from rlhf_tasks.processes import process_started
 
 log = logging.getLogger(__name__)
@@ -45,6 +49,51 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 EXPERIMENT = "rlhf"
 STAGE, HOST, PID, PID_STARTED = "rlhf.stage", "rlhf.host", "rlhf.pid", "rlhf.pid_started"
+
+
+class Unreachable(UserError):
+    """The tracking server does not answer, or refuses to."""
+
+
+#: what MLflow's client says when the fault is the server's, not the call's
+_OUTAGES = (
+    *("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"),
+    *("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "ENDPOINT_NOT_FOUND"),
+)
+
+
+@contextlib.contextmanager
+def answered(uri: str) -> Iterator[None]:
+    """Turn the many ways of not being answered by a tracking server into one.
+
+    Raises:
+        Unreachable: with the server's address and the reason, without what is secret in either.
+    """
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in _OUTAGES:
+            raise
+        problem = str(error)
+    except (RequestException, SQLAlchemyError) as error:
+        problem = str(error)
+    else:
+        return
+    short = next((words for pattern, words in _REASONS.items() if re.search(pattern, problem)), "")
+    reason = short or without_secrets(" ".join(problem.split()))[:200]
+    raise Unreachable(
+        f"MLflow at {without_secrets(uri)} does not answer ({reason}); start it, or correct MLFLOW_TRACKING_URI"
+    )
+
+
+_REASONS = {
+    "Connection refused": "connection refused",
+    "Name or service not known|Temporary failure in name resolution|Failed to resolve": "unknown host",
+    "timed out|Timeout": "timed out",
+    r"error code 401|Unauthorized": "it wants MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    "error code 404": "something else listens there: it knows no MLflow API",
+    "disk is full|No space left": "its disk is full",
+}
 
 
 def tracking_uri(root: Path) -> str:
@@ -65,13 +114,38 @@ class Tracker:
 
     Raises:
         UserError: the experiment was deleted in MLflow.
+        Unreachable: the server does not answer.
     """
 
     def __init__(self, root: Path) -> None:
         self.uri = tracking_uri(root)
-        self.client = _connect(self.uri, root)
-        location = (root.resolve() / "mlartifacts").as_uri() if self.uri == _default_uri(root) else None
-        self.experiment_id = _open_experiment(self.client, experiment_name(), location)
+        with answered(self.uri):
+            self.client = _connect(self.uri, root)
+            location = (root.resolve() / "mlartifacts").as_uri() if self.uri == _default_uri(root) else None
+            self.experiment_id = _open_experiment(self.client, experiment_name(), location)
+
+    def link(self, run_id: str) -> str:
+        """The run's page on a tracking server; of a database, only its id."""
+        if not self.uri.startswith("http"):
+            return run_id
+        return f"{without_secrets(self.uri).rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
+
+    @contextlib.contextmanager
+    def system_metrics(self, run_id: str) -> Iterator[None]:
+        """Log CPU, memory, disk, network and GPU as `system/...` of a run meanwhile.
+
+        As everywhere in MLflow, `MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false` switches it off, and
+        `MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL` (seconds) sets its pace.
+        """
+        if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.defined and not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
+            yield
+            return
+        monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=self.uri)
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
 
     def start_pipeline(self, params: Mapping[str, Any], tags: Mapping[str, str], name: str) -> str:
         """Open a parent run, owned by this process, with the flattened parameters. Returns its id."""

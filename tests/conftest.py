@@ -18,7 +18,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_tasks import config, engine
-from rlhf_tasks.config import load_params, set_params
+from rlhf_tasks.config import load_params, parse_assignments, set_params
 from rlhf_tasks.data.encoding import train_tokenizer
 from rlhf_tasks.engine import Workspace
 from rlhf_tasks.models import SCORE_STATISTICS, load_actor, load_scorer, new_actor, new_reward, save_model
@@ -157,7 +157,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Workspa
     def make(*assignments: str) -> Workspace:
         root = tmp_path_factory.mktemp("project")
         (root / "params.yaml").write_text(PARAMS)
-        set_params(root / "params.yaml", list(assignments))
+        set_params(root / "params.yaml", parse_assignments(list(assignments)))
         (root / "data/raw").mkdir(parents=True)
         with gzip.open(REPOSITORY / "data/raw/movie_reviews.jsonl.gz", "rt", encoding="utf-8") as shipped:
             lines = itertools.islice(shipped, 400)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rlhf_tasks.config import flatten, load_params, parse_params, set_params
+from rlhf_tasks.config import flatten, load_params, parse_assignments, parse_params, set_params
 from rlhf_tasks.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -152,7 +152,7 @@ def test_loaded_values_cannot_be_changed(commented: Path) -> None:
 
 
 def test_set_changes_one_line_and_keeps_comments(commented: Path) -> None:
-    assert set_params(commented, ["ppo.clip=0.3"]) == ["ppo.clip: 0.2 -> 0.3"]
+    assert set_params(commented, parse_assignments(["ppo.clip=0.3"])) == ["ppo.clip: 0.2 -> 0.3"]
     assert commented.read_text() == COMMENTED.replace("clip: 0.2 ", "clip: 0.3 ")
     assert load_params(commented).ppo.clip == 0.3
 
@@ -161,13 +161,13 @@ def test_set_changes_one_line_and_keeps_comments(commented: Path) -> None:
 def test_set_changes_one_line_of_the_shipped_file(tmp_path: Path, assignment: str) -> None:
     path = written(tmp_path, (REPOSITORY / "params.yaml").read_text())
     before = path.read_text().splitlines()
-    assert len(set_params(path, [assignment])) == 1
+    assert len(set_params(path, parse_assignments([assignment]))) == 1
     changed = [line for line, old in zip(path.read_text().splitlines(), before, strict=True) if line != old]
     assert len(changed) == 1
 
 
 def test_set_adds_a_key_that_the_file_leaves_to_its_default(commented: Path) -> None:
-    assert set_params(commented, ["evaluate.prompts=5", "register.name=mine"]) == [
+    assert set_params(commented, parse_assignments(["evaluate.prompts=5", "register.name=mine"])) == [
         "evaluate.prompts: None -> 5",
         "register.name: None -> mine",
     ]
@@ -177,7 +177,7 @@ def test_set_adds_a_key_that_the_file_leaves_to_its_default(commented: Path) -> 
 
 def test_set_to_the_same_value_touches_nothing(commented: Path) -> None:
     before = commented.stat()
-    assert set_params(commented, ["ppo.clip=0.20", "seed=3"]) == []
+    assert set_params(commented, parse_assignments(["ppo.clip=0.20", "seed=3"])) == []
     assert commented.stat().st_mtime_ns == before.st_mtime_ns
     assert commented.stat().st_ino == before.st_ino
 
@@ -197,7 +197,7 @@ def test_set_to_the_same_value_touches_nothing(commented: Path) -> None:
 )
 def test_set_refuses_and_leaves_the_file_alone(commented: Path, assignment: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
-        set_params(commented, ["seed=4", assignment])
+        set_params(commented, parse_assignments(["seed=4", assignment]))
     assert said in str(caught.value)
     assert commented.read_text() == COMMENTED
     assert list(commented.parent.iterdir()) == [commented]

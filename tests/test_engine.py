@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import pytest
 
 from rlhf_tasks import engine, ppo_stage, training
-from rlhf_tasks.config import load_params, set_params
+from rlhf_tasks.config import load_params, parse_assignments, set_params
 from rlhf_tasks.engine import Recorder, Workspace
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import STAGES
@@ -29,7 +29,7 @@ TRAINED = ("prepare", "sft", "reward", "ppo", "evaluate")
 
 def with_params(workspace: Workspace, *assignments: str) -> Workspace:
     """The same checkout after `--set`, seen by a new process."""
-    set_params(workspace.root / "params.yaml", list(assignments))
+    set_params(workspace.root / "params.yaml", parse_assignments(list(assignments)))
     return Workspace(workspace.root, load_params(workspace.root / "params.yaml"))
 
 

@@ -8,15 +8,18 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from e2e.servers import prefect_server
 from ruamel.yaml import YAML
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CODE = ("flows", "rlhf_tasks", "dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "params.yaml")
+CODE += ("prefect.toml", "prefect.yaml")
 ROWS = 600
 SMALL = {
     "runtime.threads": 1,
@@ -133,9 +136,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) -> Pr
     return project
 
 
+@pytest.fixture(scope="session")
+def prefect_url(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The API of a Prefect server that the user runs; starting one for every command would take 6 s each."""
+    folder = tmp_path_factory.mktemp("server")
+    home = folder / "home"
+    shutil.copytree(finished.environment["PREFECT_HOME"], home)  # a database that is there saves 15 s
+    with prefect_server(home, folder / "log") as url:
+        yield url
+
+
 @pytest.fixture
-def copy_of(finished: Project, tmp_path: Path) -> Project:
-    """The finished project once more, to be changed."""
+def copy_of(finished: Project, prefect_url: str, tmp_path: Path) -> Project:
+    """The finished project once more, to be changed; its runs go to a server that is there."""
     root = tmp_path / "copy"
     shutil.copytree(finished.root, root, symlinks=True)
-    return Project(root, finished.environment)
+    return Project(root, finished.environment | {"PREFECT_API_URL": prefect_url})

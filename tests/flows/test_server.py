@@ -11,36 +11,39 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from flows import environment, server
+from rlhf_tasks.errors import UserError
 
 PACKAGES = Path(server.__file__).parent.parent
 
 ENTER = """
 import logging, sys, time
 from pathlib import Path
-from flows.environment import configure
+from flows.environment import configure_prefect
 from flows.server import close_dead_flow_runs, owner_tag, server
 root = Path(sys.argv[1])
-configure(root)
+configure_prefect(root / ".rlhf")
 """
 
 # Says the server's URL, then stays until its standard input is closed.
 HOLD = f"""{ENTER}
-with server(root) as url:
+with server(root / ".rlhf") as url:
     print(url, flush=True)
     sys.stdin.read()
 """
 
 FLOW = f"""{ENTER}
-with server(root):
+with server(root / ".rlhf"):
     from prefect import flow, get_run_logger, task
 
     @task(cache_key_fn=lambda context, inputs: f"key-{{inputs['n']}}", persist_result=True)
@@ -58,7 +61,7 @@ with server(root):
 
 # Closes dead runs, then works until it is killed.
 STUCK = f"""{ENTER}
-with server(root):
+with server(root / ".rlhf"):
     from prefect import flow, tags, task
     print("closed", close_dead_flow_runs(), flush=True)
 
@@ -244,11 +247,26 @@ def test_a_server_that_does_not_start_is_explained(project: Project) -> None:
     assert project.server_pid() is None
 
 
-def test_the_users_own_server_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PREFECT_API_URL", "http://prefect.example/api")
-    with server.server(tmp_path) as url:
-        assert url == "http://prefect.example/api"
-    assert os.environ["PREFECT_API_URL"] == url
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_named_server_that_is_none_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listens: bool
+) -> None:
+    """Nobody listens at PREFECT_API_URL, or something that is no Prefect server."""
+    http = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers 501 to everything
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    if listens:
+        thread.start()
+    else:
+        http.server_close()
+    monkeypatch.setenv("PREFECT_API_URL", f"http://user:hidden@127.0.0.1:{http.server_port}/api")
+    with (
+        pytest.raises(UserError, match=r"PREFECT_API_URL: found http://127\.0\.0\.1.*prefect server start") as caught,
+        server.server(tmp_path / ".rlhf"),
+    ):
+        raise AssertionError
+    if listens:
+        http.shutdown()
+    assert "hidden" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -296,7 +314,8 @@ def test_a_record_that_is_none_reads_as_none(text: str, tmp_path: Path) -> None:
 def test_configure_keeps_what_the_user_has_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variables = {"PREFECT_HOME": "/theirs", "PREFECT_LOGGING_LEVEL": "DEBUG", "NO_PROXY": "intern"}
     monkeypatch.setattr(os, "environ", variables)
-    environment.configure(tmp_path)
+    environment.configure_libraries()
+    environment.configure_prefect(tmp_path / ".rlhf")
     assert variables["PREFECT_HOME"] == "/theirs"
     assert "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL" not in variables
     assert variables["NO_PROXY"] == variables["no_proxy"] == "intern,127.0.0.1"
@@ -312,7 +331,6 @@ from mlflow.utils.logging_utils import get_mlflow_log_level
 from prefect.analytics import is_telemetry_enabled
 from prefect.settings import get_current_settings
 settings = get_current_settings()
-assert settings.results.default_serializer == "json"
 assert settings.results.local_storage_path == root / ".rlhf/store/results"
 assert not settings.server.analytics_enabled and not is_telemetry_enabled()
 assert is_telemetry_disabled() and get_mlflow_log_level() == "ERROR"
