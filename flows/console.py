@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -80,19 +78,13 @@ def say_report(report: Report) -> None:
         console.print(line, soft_wrap=True)
 
 
-@contextmanager
-def quiet_user_errors() -> Iterator[None]:
-    """Keep Prefect's account of a user's mistake or Ctrl-C off the terminal; the server still gets it."""
+def quiet_prefect() -> None:
+    """Keep off the terminal what Prefect says of a user's mistake or Ctrl-C, which this program says itself, and of
+    waiting for its own queue at the end. The server still gets it all."""
     quiet = _Quiet()
-    handlers = [handler for name in ("prefect", "") for handler in logging.getLogger(name).handlers]
-    handlers = [handler for handler in handlers if "API" not in type(handler).__name__]
-    for handler in handlers:
-        handler.addFilter(quiet)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(quiet)
+    for handler in (handler for name in ("prefect", "") for handler in logging.getLogger(name).handlers):
+        if "API" not in type(handler).__name__:
+            handler.addFilter(quiet)
 
 
 class _Quiet(logging.Filter):
@@ -100,4 +92,6 @@ class _Quiet(logging.Filter):
         if record.exc_info and isinstance(record.exc_info[1], UserError | KeyboardInterrupt):
             return False
         message = record.getMessage()
-        return not (message.startswith("Finished in state") or "Execution was aborted by" in message)
+        return not any(
+            words in message for words in ("Finished in state", "Execution was aborted by", "Still processing")
+        )

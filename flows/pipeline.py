@@ -70,7 +70,7 @@ def rlhf_pipeline(
     root, stages = Path.cwd(), stages_between(start, until)
     deadline = time.monotonic() + 60 * timeout_minutes if timeout_minutes else None
     with engine.alone(root):
-        bring_checkout_up_to_date(root, params or {})
+        bring_checkout_up_to_date(root, params or {}, stages)
         try:
             return run_stages(root, stages, Orders(refresh, deadline))
         except TimeoutError:
@@ -80,15 +80,18 @@ def rlhf_pipeline(
             ) from None
 
 
-def bring_checkout_up_to_date(root: Path, params: dict[str, Any]) -> None:
+def bring_checkout_up_to_date(root: Path, params: dict[str, Any], stages: list[Stage]) -> None:
     """Write parameters into params.yaml, and keep dvc.yaml true: its deps follow params.yaml and the code.
 
     Raises:
-        UserError: a parameter is wrong; or DVC is running this stage from a dvc.yaml that is out of date.
+        UserError: a parameter or a source that it names is wrong; or DVC is running this stage from a dvc.yaml that is
+            out of date.
     """
     for change in set_params(root / "params.yaml", params):
         log.info("params.yaml: %s", change)
-    if not versioning.update_pipeline(root, load_params(root / "params.yaml")):
+    settings = load_params(root / "params.yaml")
+    engine.check_sources(settings, root, stages)
+    if not versioning.update_pipeline(root, settings):
         return
     if versioning.inside_stage():
         raise UserError(

@@ -7,7 +7,7 @@ import os
 import warnings
 from pathlib import Path
 
-from flows.console import console, quiet_user_errors
+from flows.console import console, quiet_prefect
 from flows.server import close_dead_flow_runs, owner_tag, server
 from rlhf_tasks.engine import state_folder
 from rlhf_tasks.stages import stages_between
@@ -36,7 +36,8 @@ def run_here(root: Path, start: str, until: str, *, refresh: bool = False) -> No
         from flows.record import INTERRUPTS
 
         close_dead_flow_runs()
-        with quiet_user_errors(), tags(owner_tag()):
+        quiet_prefect()
+        with tags(owner_tag()):
             try:
                 rlhf_pipeline(start, until, refresh=refresh)
             except INTERRUPTS:

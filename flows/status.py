@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
 
 from rich.table import Table
 
 from flows.console import console
-from rlhf_tasks import engine
+from rlhf_tasks import engine, versioning
 from rlhf_tasks.config import Params
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.report import headline
@@ -25,6 +26,8 @@ def say_status(root: Path, params: Params) -> None:
     waiting = ""
     for stage in STAGES.values():
         state, digest, text = _state(workspace, stage)
+        if state != "done" and not waiting and _vouched(workspace, stage):
+            state, text = "done", "pulled: in dvc.lock and in the workspace"
         if waiting:  # its inputs are about to change
             state, digest, text = "waits", "", f"for {waiting}"
         elif state != "done":
@@ -33,6 +36,19 @@ def say_status(root: Path, params: Params) -> None:
     console.print(table)
     if waiting:
         console.print(f"\n`rlhf run` goes on with {waiting}.")
+
+
+def _vouched(workspace: engine.Workspace, stage: Stage) -> bool:
+    """Whether `rlhf run` would take the workspace's outs over, because dvc.lock vouches for them."""
+    try:
+        return engine.adoptable(workspace, stage) and stage.name not in _outdated(workspace.root)
+    except UserError:  # no DVC here
+        return False
+
+
+@cache
+def _outdated(root: Path) -> set[str]:
+    return versioning.outdated_stages(root)
 
 
 def _state(workspace: engine.Workspace, stage: Stage) -> tuple[str, str, str]:

@@ -117,6 +117,17 @@ def external_inputs(params: Params, stage: Stage) -> list[str]:
     return sources + base
 
 
+def check_sources(params: Params, root: Path, stages: list[Stage]) -> None:
+    """Look at what comes from outside before anything else does: DVC, say, would wait for ever at a pipe.
+
+    Raises:
+        UserError: a file or folder that params.yaml names is missing, or is neither.
+    """
+    for stage in stages:
+        for path in external_inputs(params, stage):
+            _digest_input(root, path, stage)
+
+
 def _job(name: str, stage: Stage, workspace: Workspace, settings: dict[str, Any], **facts: Any) -> Job:
     identity = {
         "stage": name,
@@ -130,18 +141,20 @@ def _job(name: str, stage: Stage, workspace: Workspace, settings: dict[str, Any]
 
 
 def _input_digests(workspace: Workspace, stage: Stage) -> dict[str, str]:
-    digests = {}
-    for path in [*stage.inputs.values(), *external_inputs(workspace.params, stage)]:
-        try:
-            digests[path] = digest_path(workspace.root / path)
-        except FileNotFoundError:
-            if path in stage.inputs.values():
-                maker = producer(path).name
-                remedy = f"it is made by the stage {maker}: run `rlhf run --from {maker}` or `dvc repro {stage.name}`"
-            else:
-                remedy = "correct the path in params.yaml or put the file there"
-            raise UserError(f"{path}: not found, but the stage {stage.name} reads it; {remedy}") from None
-    return digests
+    paths = [*stage.inputs.values(), *external_inputs(workspace.params, stage)]
+    return {path: _digest_input(workspace.root, path, stage) for path in paths}
+
+
+def _digest_input(root: Path, path: str, stage: Stage) -> str:
+    try:
+        return digest_path(root / path)
+    except FileNotFoundError:
+        if path in stage.inputs.values():
+            maker = producer(path).name
+            remedy = f"it is made by the stage {maker}: run `rlhf run --from {maker}` or `dvc repro {stage.name}`"
+        else:
+            remedy = "correct the path in params.yaml or put the file there"
+        raise UserError(f"{path}: not found, but the stage {stage.name} reads it; {remedy}") from None
 
 
 @cache
@@ -360,15 +373,24 @@ def exported(workspace: Workspace, entry: Entry) -> bool:
     return all(_holds(workspace.root / path, entry.parts[part]) for part, path in stage.outs.items())
 
 
-def adopt(workspace: Workspace, job: Job) -> Entry | None:
-    """Make the workspace's outs of a stage, which DVC vouches for, an entry of the store: a clone that pulled has them.
+def adoptable(workspace: Workspace, stage: Stage) -> bool:
+    """Whether the workspace's outs of a stage, if DVC vouches for them, may be taken for its result.
 
     DVC knows files and params.yaml, not library versions or instruction sets. Where the store holds these very outs
     under another key, they were made here, of something else than is asked for now: they are not adopted.
     """
+    try:
+        present = {part: digest_path(workspace.root / path) for part, path in stage.outs.items()}
+    except FileNotFoundError:
+        return False
+    known = workspace.store.entries()
+    return not any(entry.manifest["identity"]["stage"] == stage.name and entry.parts == present for entry in known)
+
+
+def adopt(workspace: Workspace, job: Job) -> Entry | None:
+    """Make the workspace's outs of a stage, which DVC vouches for, an entry of the store: as in a clone that pulled."""
     stage, store = STAGES[job.stage], workspace.store
-    present = {part: digest_path(workspace.root / path) for part, path in stage.outs.items()}
-    if any(entry.manifest["identity"]["stage"] == stage.name and entry.parts == present for entry in store.entries()):
+    if not adoptable(workspace, stage):
         return None
     with store.lock(job.key), store.writing(job.key) as out:
         for part, path in stage.outs.items():

@@ -158,20 +158,14 @@ def check_name(name: str, tracking_uri: str) -> None:
         UserError: the name belongs to a prompt, or to models that this pipeline did not register.
     """
     client = MlflowClient(tracking_uri)
-    try:
-        tags = client.get_registered_model(name).tags
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return
-    found = "a prompt" if tags.get("mlflow.prompt.is_prompt") == "true" else ""
     strangers = [v.version for v in client.search_model_versions(f"name = '{name}'") if DIGEST not in v.tags]
-    if strangers and not found:
+    if strangers:
         found = f"a model whose version {strangers[0]} this pipeline did not register"
-    if found:
-        raise UserError(
-            f"register.name: {name!r} is {found} in the MLflow registry; choose another name in params.yaml"
-        )
+    elif client.get_prompt(name):  # prompts and models share their names
+        found = "a prompt"
+    else:
+        return
+    raise UserError(f"register.name: {name!r} is {found} in the MLflow registry; choose another name")
 
 
 def find_version(name: str, actor_digest: str, tracking_uri: str) -> int | None:

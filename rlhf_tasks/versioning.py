@@ -85,10 +85,19 @@ def _dvc(root: Path, *arguments: str) -> str:
     command = [sys.executable, "-m", "dvc", *arguments]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode:
-        reason = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no reason given"]
-        remedy = "; run `git init`, or `dvc config core.no_scm true`" if "not a git repository" in reason[0] else ""
-        raise UserError(f"`dvc {' '.join(arguments)}` failed: {reason[0].removeprefix('ERROR: ')}{remedy}")
+        reason = " ".join((done.stderr.strip() or done.stdout.strip()).removeprefix("ERROR: ").split())
+        remedy = next((remedy for found, remedy in _REMEDIES.items() if found in reason), reason or "no reason given")
+        raise UserError(f"`dvc {' '.join(arguments)}` failed: {remedy}")
     return done.stdout
+
+
+#: what DVC says -> what it means here
+_REMEDIES = {
+    "not a git repository": "there is no git repository; run `git init`, or `dvc config core.no_scm true`",
+    "Unable to acquire lock": "another DVC process works in this repository; wait until it has ended",
+    "is busy, it is being blocked by": "another DVC process works on these files; wait until it has ended",
+    "No space left on device": "the disk is full; make room, then run again: what is finished is kept",
+}
 
 
 def _stage_entry(stage: Stage, params: Params) -> dict[str, Any]:

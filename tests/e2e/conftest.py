@@ -113,6 +113,7 @@ def make_project(root: Path, home: Path) -> Project:
     unwanted = ("MLFLOW_", "PREFECT_", "DVC_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     environment |= {"PATH": f"{binaries}:{os.environ['PATH']}", "PREFECT_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    environment |= {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.5"}  # a stage here takes seconds
     project = Project(root, environment)
     identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
     for command in (("init", "-q"), ("add", "-A"), (*identity, "commit", "-qm", "start")):

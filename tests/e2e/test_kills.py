@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from e2e.conftest import Project, make_project
+from e2e.servers import wait_until
+from e2e.test_doors import STAGES, server_lives, states
 from mlflow import MlflowClient
 
 KILLS = 6
@@ -36,3 +40,30 @@ def test_kills_at_random_moments_change_no_bit(finished: Project, tmp_path: Path
     last = next(run for run in runs if run.info.run_name == "ppo" and run.info.status == "FINISHED")
     curve = client.get_metric_history(last.info.run_id, "objective/score")
     assert [point.step for point in curve] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", [("rlhf", "run"), ("dvc", "repro")])
+def test_ctrl_c_ends_at_once_and_leaves_nothing(finished: Project, tmp_path: Path, door: tuple[str, str]) -> None:
+    """With the project's own server: Ctrl-C reaches every process of the terminal."""
+    shutil.copytree(finished.root, tmp_path / "copy", symlinks=True)
+    project = Project(tmp_path / "copy", finished.environment)
+    lock = (project.root / "dvc.lock").read_bytes()
+    project.set(sft__epochs=300)
+    run = project.start(*door)
+    partial = project.root / ".rlhf/store/partial"
+    wait_until(lambda: list(partial.glob("*/series.jsonl")), 120, lambda: run.communicate())
+    os.killpg(run.pid, signal.SIGINT)
+    started = time.monotonic()
+    output, errors = run.communicate(timeout=60)
+    assert time.monotonic() - started < 30
+    assert run.returncode in ((130,) if door[0] == "rlhf" else (1, 130, 255, -signal.SIGINT)), output + errors
+    assert "rlhf: stopped; what is finished is kept" in errors
+    assert "Traceback" not in output + errors
+    assert not server_lives(project, 10)
+    assert (project.root / "dvc.lock").read_bytes() == lock
+    client = MlflowClient(f"sqlite:///{project.root}/mlflow.db")
+    stopped = client.search_runs(["1"], "tags.`rlhf.stage` = 'sft'", max_results=1)[0]
+    assert stopped.info.status == "KILLED"
+    project.set(sft__epochs=1)
+    assert states(project.rlhf("run").stdout) == dict.fromkeys(STAGES, "cached")

@@ -1,0 +1,89 @@
+"""Bad input and bad days: one sentence that says what to do, exit status 2, and nothing half-written."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zc.lockfile
+from e2e.conftest import Project
+from e2e.test_doors import manifests
+
+RATED = {"text": "a fine film", "ratings": [3, 4]}
+
+
+def write_ratings(path: Path, *rows: Any) -> None:
+    """A file of ratings; a row that is bytes is written as it is."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(gzip.compress(b"\n".join(lines) + b"\n", mtime=0))
+
+
+def refused(project: Project, *arguments: str) -> str:
+    """What `rlhf` says when it refuses, having left store, outs and dvc.lock alone."""
+    before, lock = manifests(project), (project.root / "dvc.lock").read_bytes()
+    done = project.rlhf("run", *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert manifests(project) == before
+    assert not list((project.root / ".rlhf/store/tmp").iterdir())
+    assert (project.root / "dvc.lock").read_bytes() == lock
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([RATED, {"ratings": [1]}], ".gz:2: "),
+        ([RATED, {"text": " ", "ratings": [1]}], ".gz:2: "),
+        ([RATED, {"text": "too good", "ratings": [99]}], ".gz:2: "),
+        ([RATED, b'{"text": "caf\xe9", "ratings": [1]}'], "UTF-8"),
+        ([], "movie_reviews.jsonl.gz"),
+    ],
+    ids=["missing field", "empty text", "out of range", "not UTF-8", "empty data set"],
+)
+def test_data_that_cannot_be_used(copy_of: Project, rows: list[Any], sentence: str) -> None:
+    path = copy_of.root / "data/raw/movie_reviews.jsonl.gz"
+    write_ratings(path, *rows)
+    said = refused(copy_of, "--until", "prepare")
+    assert "data/raw/movie_reviews.jsonl.gz" in said
+    assert sentence in said
+
+
+def test_a_model_folder_without_a_tokenizer(copy_of: Project) -> None:
+    base = copy_of.root / "base"
+    shutil.copytree(copy_of.root / "checkpoints/sft", base)
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+    said = refused(copy_of, "--set", "model.base=base")
+    assert "base" in said
+    assert "tokenizer" in said
+
+
+def test_dvc_is_busy(copy_of: Project) -> None:
+    held = zc.lockfile.LockFile(str(copy_of.root / ".dvc/tmp/lock"))
+    try:
+        said = refused(copy_of)
+    finally:
+        held.close()
+    assert "another DVC process" in said
+
+
+def can_mount() -> bool:
+    probe = ["unshare", "--map-root-user", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(probe, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="a small file system can be mounted in a user namespace only")
+def test_the_disk_is_full(copy_of: Project) -> None:
+    small = "mount -t tmpfs -o size=1m tmpfs .rlhf/store && exec rlhf run --set seed=1"
+    done = copy_of.run("unshare", "--map-root-user", "--mount", "sh", "-c", small)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert copy_of.rlhf("run").returncode == 0  # the real store is as it was, and room is there again
