@@ -289,7 +289,7 @@ def load_params(path: Path) -> Params:
 def parse_params(document: Any, name: str = "params.yaml") -> Params:
     """Check a loaded document against `Params`, turning pydantic's errors into sentences."""
     if not isinstance(document, dict):
-        raise UserError(f"{name}: found {type(document).__name__}, expected a mapping of sections such as `ppo:`")
+        raise UserError(f"{name}: found {_kind(document)}, expected sections such as `ppo:`")
     try:
         return Params.model_validate(document)
     except ValidationError as error:
@@ -381,7 +381,7 @@ def _yaml_value(assignment: str, text: str) -> Any:
 def _sentence(problem: Any) -> str:
     """One pydantic error as `key: what was found, what is allowed, the nearest valid key`."""
     location = [str(part) for part in problem["loc"]]
-    key = ".".join(location) or "the file"
+    key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         known = _keys_of(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
@@ -400,7 +400,22 @@ def _sentence(problem: Any) -> str:
         .replace("a valid integer", "an integer")
         .replace("a valid ", "a ")
     )
-    return f"`{key}`: found {found!r} ({type(found).__name__}), {expected}"
+    return f"`{key}`: found {found!r} ({_kind(found)}), {expected}"
+
+
+def _kind(value: Any) -> str:
+    """What a YAML value is, in words."""
+    kinds = {
+        dict: "a section",
+        list: "a list",
+        str: "text",
+        bool: "yes or no",
+        int: "a whole number",
+        float: "a number",
+    }
+    if value is None:
+        return "nothing"
+    return next((words for kind, words in kinds.items() if isinstance(value, kind)), type(value).__name__)
 
 
 def _keys_of(location: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.processes import process_started
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +143,21 @@ class Store:
         self.root = root
         for name in ("locks", "partial", "tmp"):
             (root / name).mkdir(parents=True, exist_ok=True)
+        self._sweep()
+
+    def _scratch(self, key: str) -> Path:
+        """A new name below `tmp`, which says what process it belongs to."""
+        pid = os.getpid()
+        owner = (socket.gethostname(), str(pid), process_started(pid) or "")
+        return self.root / "tmp" / "~".join((key, *owner, uuid.uuid4().hex))
+
+    def _sweep(self) -> None:
+        """Remove what processes of this machine that are gone left below `tmp`."""
+        for folder in (self.root / "tmp").iterdir():
+            match folder.name.split("~"):
+                case [_, host, pid, start, _] if host == socket.gethostname() and pid.isdigit():
+                    if process_started(int(pid)) != start:
+                        shutil.rmtree(folder, ignore_errors=True)
 
     def find(self, key: str) -> Entry | None:
         """The entry of a key, if its manifest is whole; its payload may have been pruned."""
@@ -165,7 +182,7 @@ class Store:
     def discard(self, key: str) -> None:
         """Remove an entry, whatever its state."""
         with contextlib.suppress(FileNotFoundError):
-            doomed = self.root / "tmp" / f"{key}.{uuid.uuid4().hex}"
+            doomed = self._scratch(key)
             (self.root / key).rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
@@ -180,7 +197,7 @@ class Store:
         Raises:
             UserError: the disk is full.
         """
-        folder = self.root / "tmp" / f"{key}.{uuid.uuid4().hex}"
+        folder = self._scratch(key)
         with full_disk_is_a_sentence(self.root):
             (folder / "payload").mkdir(parents=True)
             try:

@@ -59,7 +59,7 @@ def test_the_shipped_file_loads_and_states_every_parameter() -> None:
         ("register: {gate: {maxkl: 1}}", ["unknown key `register.gate.maxkl`", "`register.gate.max_kl`"]),
         ("reward: {minibatches: 2}", ["unknown key `reward.minibatches`", "did you mean `ppo.minibatches`?"]),
         ("sft: {zzzzzz: 2}", ["unknown key `sft.zzzzzz`; Allowed here: epochs, learning_rate"]),
-        ("seed: '1'", ["`seed`: found '1' (str)", "integer"]),
+        ("seed: '1'", ["`seed`: found '1' (text)", "integer"]),
         ("seed: true", ["`seed`: found True (bool)", "integer"]),
         ("ppo: {batch: 8.0}", ["`ppo.batch`: found 8.0", "integer"]),
         ("ppo: {whiten_rewards: 1}", ["`ppo.whiten_rewards`: found 1", "boolean"]),

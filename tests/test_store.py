@@ -149,6 +149,7 @@ for step in itertools.count(1):
         entry.verify()
     print(entry.manifest["text"] if entry else "none", flush=True)
     commit(store, "after")
+    assert not os.listdir(Store(store.root).root / "tmp"), "what the dead left is swept"
     if finished:
         break
 """

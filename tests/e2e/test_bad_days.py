@@ -36,6 +36,7 @@ def refused(project: Project, *arguments: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
@@ -79,6 +80,7 @@ def can_mount() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(probe, capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_mount(), reason="a small file system can be mounted in a user namespace only")
 def test_the_disk_is_full(copy_of: Project) -> None:
     small = "mount -t tmpfs -o size=1m tmpfs .rlhf/store && exec rlhf run --set seed=1"

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from e2e.conftest import Project
 from e2e.test_doors import STAGES, states
 
@@ -53,6 +54,7 @@ def test_iterations_never_share_an_entry(finished: Project) -> None:
     assert parents == {1: None, 2: digests[1], 3: digests[2]}
 
 
+@pytest.mark.slow
 def test_a_payload_that_is_gone_is_made_again(copy_of: Project) -> None:
     """Where something needs it: the workspace's copy is gone as well."""
     lock = copy_of.lock()

@@ -112,6 +112,7 @@ def test_a_deployment_with_a_changed_parameter(deployed: Deployed) -> None:
     assert other.stdout.count("didn't change, skipping") == len(STAGES), other.stdout
 
 
+@pytest.mark.slow
 def test_a_failed_run_says_where_to_look_and_a_retry_goes_on(deployed: Deployed) -> None:
     raw = deployed.project.root / "data/raw/movie_reviews.jsonl.gz"
     away = raw.with_name("away")

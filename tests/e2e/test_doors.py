@@ -92,6 +92,7 @@ def test_more_iterations_run_only_the_new_ones(copy_of: Project) -> None:
     assert len(iterations()) == len(before) + 2
 
 
+@pytest.mark.slow
 def test_the_other_door_on_a_clean_clone_gives_equal_digests(
     finished: Project, tmp_path: Path, prefect_home: Path
 ) -> None:
@@ -171,6 +172,7 @@ def test_a_wrong_parameter_stops_within_a_second_or_two(copy_of: Project) -> Non
     assert time.monotonic() - started < 5  # 0.7 s on an idle machine
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(finished: Project, tmp_path: Path, prefect_home: Path) -> None:
     project = make_project(tmp_path / "killed", prefect_home)
     run = project.start("rlhf", "run")
@@ -200,6 +202,7 @@ def test_some_stages_only(copy_of: Project) -> None:
     assert (wrong.returncode, "swap them" in wrong.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_noticed_and_made_again(copy_of: Project) -> None:
     before = copy_of.lock()
     weights = copy_of.root / "checkpoints/sft/model.safetensors"
@@ -225,6 +228,7 @@ def test_a_store_that_is_gone_is_adopted_from_what_dvc_vouches_for(copy_of: Proj
     assert copy_of.lock() == before
 
 
+@pytest.mark.slow
 def test_another_library_version_is_not_the_same_environment(copy_of: Project) -> None:
     metadata = copy_of.root / "newer/torch-2.99.0.dist-info"
     metadata.mkdir(parents=True)
@@ -234,6 +238,7 @@ def test_another_library_version_is_not_the_same_environment(copy_of: Project) -
     assert states(done.stdout) == {"prepare": "cached", "sft": "done"}, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", [("rlhf", "run", "--until", "sft"), ("dvc", "repro", "sft")])
 def test_an_edit_while_a_stage_runs_is_never_recorded_as_read(copy_of: Project, door: tuple[str, ...]) -> None:
     copy_of.set(sft__epochs=80)

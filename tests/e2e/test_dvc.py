@@ -72,6 +72,7 @@ def test_looking_changes_nothing(copy_of: Project) -> None:
     assert "workspace" in page
 
 
+@pytest.mark.slow
 def test_an_older_commit_checked_out_trains_nothing(copy_of: Project) -> None:
     commit_all(copy_of, "finished")
     old = copy_of.lock()

@@ -71,6 +71,7 @@ def test_runs_can_be_compared_and_lead_everywhere(finished: Project) -> None:
     assert linked["kl_sequence"] == finished.metrics("evaluate")["kl_sequence"]
 
 
+@pytest.mark.slow
 def test_a_server_elsewhere_and_a_served_champion(copy_of: Project, tmp_path: Path) -> None:
     """By environment alone: another server, its own artifact store, another experiment; then `mlflow models serve`."""
     copy_of.set(register__gate__min_gain=-10.0)

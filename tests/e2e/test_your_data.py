@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from e2e.conftest import Project, make_project
 
 NOUNS = ["tea", "rain", "chess", "bread", "jazz", "snow", "maps", "clocks", "rivers", "owls", "glass", "ships"]
@@ -24,6 +25,7 @@ def write_feedback(root: Path) -> None:
     (root / "data/raw/pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
+@pytest.mark.slow
 def test_alpaca_and_preference_files_on_a_local_model_go_all_the_way(
     finished: Project, tmp_path: Path, prefect_home: Path
 ) -> None:
