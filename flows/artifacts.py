@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from prefect.artifacts import (
 
 from flows.console import Bar
 from rlhf_tasks.report import Report
+
+log = logging.getLogger("rlhf_tasks.flows")
 
 SECONDS_BETWEEN_UPDATES = 5.0
 
@@ -42,11 +45,14 @@ class Progress:
         if percent == self._shown or (time.monotonic() - self._at < SECONDS_BETWEEN_UPDATES and done < total):
             return
         text = f"{self.stage}: {done} of {total}"
-        if self._artifact is None:
-            self._artifact = create_progress_artifact(percent, key=f"{self.stage}-progress", description=text)
-        else:
-            update_progress_artifact(self._artifact, percent, description=text)
         self._shown, self._at = percent, time.monotonic()
+        try:
+            if self._artifact is None:
+                self._artifact = create_progress_artifact(percent, key=f"{self.stage}-progress", description=text)
+            else:
+                update_progress_artifact(self._artifact, percent, description=text)
+        except Exception as error:  # a picture of the work must not end it
+            log.info("%s: its progress could not be shown: %s", self.stage, error)
 
 
 def publish_report(report: Report) -> None:

@@ -14,7 +14,7 @@ from flows.run import Stopped, run_here
 from flows.server import forced_by_dvc
 from rlhf_tasks.closure import SOURCE_ROOT
 from rlhf_tasks.config import Params, load_params, parse_assignments, set_params
-from rlhf_tasks.engine import alone, state_folder
+from rlhf_tasks.engine import alone, check_sources, state_folder
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import STAGES, stages_between
 
@@ -57,15 +57,16 @@ def run(
 ) -> None:
     """Run the pipeline: every stage that is out of date, and nothing else."""
     root = Path.cwd()
-    stages_between(start, until)
+    stages = stages_between(start, until)
     params = _params(root, set_ or [])
+    check_sources(params, root, stages)
     environment.configure_prefect(state_folder(root))
     run_here(root, start, until, refresh=refresh)
     from flows.console import say_report
     from rlhf_tasks.report import make_report
 
     if until in ("evaluate", "register"):
-        say_report(make_report(root, params.evaluate.examples))
+        say_report(make_report(root, params.evaluate.examples, until))
 
 
 @app.command()
@@ -91,7 +92,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one sentence and exit status 2, Ctrl-C is 130."""
     _run_this_checkout()
     try:
-        app()
+        app(prog_name="rlhf")
     except UserError as error:
         print(f"rlhf: {error}", file=sys.stderr)
         sys.exit(2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,6 +12,9 @@ from rich.table import Table
 
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.report import Report
+
+if TYPE_CHECKING:
+    from rlhf_tasks.registry import Settled
 
 console = Console(highlight=False)
 
@@ -33,6 +36,7 @@ class Bar:
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self._started = self._said = time.monotonic()
+        self._first: int | None = None  # what was done before: a run that goes on did not do it now
         columns = (
             TextColumn("  {task.description:9}"), BarColumn(24), MofNCompleteColumn(),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[values]}"),
@@ -48,12 +52,14 @@ class Bar:
         self._bar.stop()
 
     def __call__(self, done: int, total: int, values: dict[str, float]) -> None:
+        if self._first is None:
+            self._first, self._started = done, time.monotonic()
         text = "  ".join(form.format(values[name]) for name, form in SHOWN.items() if name in values)
         self._bar.update(self._task, completed=done, total=total, values=text)
         now = time.monotonic()
         if not console.is_terminal and values and now - self._said > SECONDS_BETWEEN_LINES:
             self._said = now
-            left = (now - self._started) / max(1, done) * (total - done)
+            left = (now - self._started) / max(1, done - self._first) * (total - done)
             console.print(f"  {self.stage:9} {done}/{total}  {text}  {left:.0f} s left", soft_wrap=True)
 
 
@@ -61,6 +67,17 @@ def say_stage(stage: str, how: str, seconds: float, headline: str) -> None:
     """One line for a stage that is done: trained, made, or cached."""
     mark = "[dim]=[/dim]" if how == "cached" else "[green]✓[/green]"
     console.print(f"{mark} {stage:9} {how:7} {seconds:6.1f} s  [dim]{headline}[/dim]", soft_wrap=True)
+
+
+def say_settled(name: str, settled: Settled | None) -> None:
+    """Where the registry stands: this Actor's version, and which one is champion."""
+    if settled is None:  # MLflow does not answer; that has been said
+        return
+    if settled.champion == settled.version:
+        console.print(f"  {name} version {settled.version} is @champion: `models:/{name}@champion`", soft_wrap=True)
+    else:
+        champion = f"@champion stays version {settled.champion}" if settled.champion else "there is no @champion"
+        console.print(f"  {name} version {settled.version} is registered, and not promoted: {champion}", soft_wrap=True)
 
 
 def say_report(report: Report) -> None:

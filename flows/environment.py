@@ -31,9 +31,9 @@ QUIET = {
 # spinning: 0.44 s). Read by libgomp when torch is imported.
 FAST = {"GOMP_SPINCOUNT": "50000"}
 
-# A tracking server that is gone is noticed after 14 s, not after 4 minutes: the run goes on without it, and what it
-# missed is recorded by the next one.
-IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
+# A tracking server that is gone is noticed after 14 s, not after 4 minutes, and one that accepts and never answers
+# after 2 minutes: the run goes on without it, and what it missed is recorded by the next one.
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
 
 def configure_libraries() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
 from flows.artifacts import publish_origin, publish_report
-from flows.console import console, say_stage
+from flows.console import console, say_settled, say_stage
 from flows.hooks import say_where_to_look
 from flows.record import Record, StageRecord
 from flows.tasks import Orders, run_ppo, run_stage
@@ -27,9 +27,11 @@ from rlhf_tasks.engine import Job, Workspace
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.report import headline, make_report
 from rlhf_tasks.stages import STAGES, Stage, stages_between
-from rlhf_tasks.store import DamagedEntry, Entry
+from rlhf_tasks.store import DamagedEntry, Entry, full_disk_is_a_sentence
 
 log = logging.getLogger("rlhf_tasks.flows")
+
+SECONDS_A_TRY = 5.0
 
 
 def run_name() -> str:
@@ -68,14 +70,18 @@ def rlhf_pipeline(
         For each stage, the reference of its result: stage, path in the store, digest.
     """
     root, stages = Path.cwd(), stages_between(start, until)
-    deadline = time.monotonic() + 60 * timeout_minutes if timeout_minutes else None
-    with engine.alone(root):
+    if timeout_minutes is not None and not timeout_minutes > 0:
+        raise UserError(f"timeout_minutes: found {timeout_minutes}, expected more than 0, or null for no limit")
+    orders = Orders(refresh, time.monotonic() + 60 * timeout_minutes if timeout_minutes else None)
+    with engine.alone(root), full_disk_is_a_sentence(root):
         bring_checkout_up_to_date(root, params or {}, stages)
         try:
-            return run_stages(root, stages, Orders(refresh, deadline))
+            return run_stages(root, stages, orders)
         except TimeoutError:
+            if not orders.over():
+                raise
             raise UserError(
-                f"stopped after `timeout_minutes: {timeout_minutes:g}`; what is finished is kept: retry the run, or "
+                f"stopped after `timeout_minutes: {timeout_minutes}`; what is finished is kept: retry the run, or "
                 "give it more time"
             ) from None
 
@@ -107,21 +113,26 @@ def run_stages(root: Path, stages: list[Stage], orders: Orders) -> dict[str, Any
     outdated = set(STAGES) if versioning.inside_stage() else versioning.outdated_stages(root)
     if not versioning.inside_stage():
         refuse_stale_inputs(stages, outdated)
+    # A retry goes on: what its first attempt did again need not be done a third time.
+    before = forget_results(workspace, stages) if orders.refresh and flow_run.run_count == 1 else {}
     with Record.open(workspace, stages) as record:
         publish_origin(record.origin())
         done, untouched = {}, True
         for stage in stages:
             with record.stage(stage) as stage_record:
                 # What DVC said of a stage holds only as long as nothing before it has changed.
-                vouched = untouched and stage.name not in outdated
+                vouched = untouched and stage.name not in outdated and not orders.refresh
                 entry, fresh = bring_up_to_date(workspace, stage, stage_record, orders, vouched=vouched)
+                if before.get(stage.name, entry.digest) != entry.digest:
+                    log.warning("%s: done again, it came out different, now %s", stage.name, entry.digest)
                 untouched = untouched and not fresh
                 record_with_dvc(workspace, stage, entry, stale=fresh or stage.name in outdated)
                 if stage.name == "register":
                     stage_record.settle()
+                    say_settled(workspace.params.register_.name, stage_record.settled)
                 done[stage.name] = asdict(entry.ref)
         if stages[-1].name in ("evaluate", "register"):
-            publish_report(make_report(root, workspace.params.evaluate.examples))
+            publish_report(make_report(root, workspace.params.evaluate.examples, stages[-1].name))
         publish_origin(record.origin())  # once more: dvc.lock is another now
         return done
 
@@ -138,13 +149,13 @@ def bring_up_to_date(
         The result, and whether the workspace changed.
     """
     job, started = engine.plan(workspace, stage), time.monotonic()
-    before = workspace.store.find(job.key) if orders.refresh else None
-    if orders.refresh:
-        engine.forget(workspace, job)
-    hit = None if orders.refresh else find_result(workspace, job, vouched=vouched)
+    hit = find_result(workspace, job, vouched=vouched)
     make = run_ppo if stage.name == "ppo" else run_stage
     try:
-        with nullcontext() if hit else device_slot(workspace, stage), nullcontext() if hit else record.working():
+        with (
+            nullcontext() if hit else device_slot(workspace, stage, orders),
+            nullcontext() if hit else record.working(),
+        ):
             entry = make(workspace, job, hit, record, orders)
         fresh = hit is None or not engine.exported(workspace, entry)
         engine.export(workspace, entry)
@@ -153,16 +164,31 @@ def bring_up_to_date(
         engine.forget(workspace, job)
         return bring_up_to_date(workspace, stage, record, orders, vouched=False)
     record.finished(entry, cached=hit is not None)
-    if before and before.digest != entry.digest:
-        log.warning("%s: done again, it came out different: %s before, %s now", stage.name, before.digest, entry.digest)
     how, seconds = "cached" if hit else "done", time.monotonic() - started
     say_stage(stage.name, how, seconds, headline(stage.name, entry.manifest["metrics"]))
     log.info("%s: %s, %s", stage.name, how, entry.digest)
     return entry, fresh
 
 
+def forget_results(workspace: Workspace, stages: list[Stage]) -> dict[str, str]:
+    """Drop what the store has of the stages, iterations too. Returns the digests of what was there."""
+    digests = {}
+    for stage in stages:
+        try:
+            job = engine.plan(workspace, stage)
+        except UserError:  # an earlier stage has still to make its inputs, so there is nothing to forget
+            continue
+        if entry := workspace.store.find(job.key):
+            digests[stage.name] = entry.digest
+        if stage.name == "ppo":
+            for iteration in engine.known_iterations(workspace):
+                workspace.store.discard(iteration.manifest["key"])
+        engine.forget(workspace, job)
+    return digests
+
+
 @contextmanager
-def device_slot(workspace: Workspace, stage: Stage) -> Iterator[None]:
+def device_slot(workspace: Workspace, stage: Stage, orders: Orders) -> Iterator[None]:
     """Wait for a slot of the Prefect concurrency limit `rlhf-cuda` or `rlhf-cpu`, where the user made one.
 
     A stage holds it from its first batch to its last: between two PPO iterations the models stay in memory.
@@ -171,8 +197,20 @@ def device_slot(workspace: Workspace, stage: Stage) -> Iterator[None]:
     if "runtime" not in stage.sections or not limit_exists(limit):
         yield
         return
-    log.info("%s: waiting for a slot of the concurrency limit %s", stage.name, limit)
-    with concurrency(limit, occupy=1):
+    with ExitStack() as held:
+        said = False
+        while True:
+            try:  # in short tries: a long one could be ended neither by Ctrl-C nor by the run's own deadline
+                held.enter_context(concurrency(limit, occupy=1, timeout_seconds=SECONDS_A_TRY))
+                break
+            except TimeoutError:
+                if orders.over():
+                    raise
+                if not said:
+                    said = True
+                    text = f"{stage.name}: waiting for a slot of the limit {limit} (`prefect gcl inspect {limit}`)"
+                    log.info(text)
+                    console.print(text, soft_wrap=True)
         yield
 
 

@@ -27,7 +27,7 @@ from rlhf_tasks import engine, registry, versioning
 from rlhf_tasks.config import flatten
 from rlhf_tasks.engine import Workspace
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.registry import TrackingContext
+from rlhf_tasks.registry import Settled, TrackingContext
 from rlhf_tasks.stages import STAGES, Stage
 from rlhf_tasks.store import Entry, digest_file, digest_path
 from rlhf_tasks.tracking import Status, Tracker, Unreachable, answered
@@ -105,7 +105,8 @@ class Record:
             raise
         finally:
             record._finish(status)
-        if record.outage and not patient:
+        # A stage of `dvc repro` that is done is done: DVC must record it, and the warning has been given.
+        if record.outage and not patient and not versioning.inside_stage():
             raise UserError(
                 f"{record.outage}; all stages are done and in dvc.lock, but not all is recorded or registered: "
                 "run again when it answers"
@@ -167,6 +168,7 @@ class StageRecord:
     parent: Record
     stage: Stage
     run_id: str = ""
+    settled: Settled | None = None
     _waiting: list[dict[str, Any]] = field(default_factory=list)
     _written: float = field(default_factory=time.monotonic)
 
@@ -250,7 +252,7 @@ class StageRecord:
             tags=self.parent.lineage | dvc_lock(workspace.root) | digests,
             example=self._example(),
         )
-        registry.settle(
+        self.settled = registry.settle(
             register_=workspace.params.register_,
             generation=workspace.params.generation,
             actor=actor,

@@ -27,8 +27,17 @@ def run_here(root: Path, start: str, until: str, *, refresh: bool = False) -> No
     stages_between(start, until)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    if "PREFECT_API_URL" not in os.environ and not Path(os.environ["PREFECT_HOME"], "prefect.db").exists():
-        console.print("[dim]setting up Prefect's database: once, about 20 s[/dim]")
+    new = "PREFECT_API_URL" not in os.environ and not Path(os.environ["PREFECT_HOME"], "prefect.db").exists()
+    console.print(
+        "[dim]setting up Prefect's database: once, about 20 s[/dim]" if new else "[dim]starting: some seconds[/dim]"
+    )
+    try:
+        _run_on_a_server(root, start, until, refresh)
+    except KeyboardInterrupt:  # before the flow began
+        raise Stopped from None
+
+
+def _run_on_a_server(root: Path, start: str, until: str, refresh: bool) -> None:
     with server(state_folder(root), meanwhile=lambda: importlib.import_module("flows.pipeline")):
         from prefect import tags
 

@@ -12,6 +12,7 @@ import fcntl
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -49,11 +50,13 @@ LIGHT = {
             "FOREMAN",
             "LATE_RUNS",
             "PAUSE_EXPIRATIONS",
-            "REPOSSESSOR",
             "SCHEDULER",
             "TRIGGERS",
         )
     },
+    # Slots of a concurrency limit are leases; the repossessor frees those whose holder was killed. Kept in files, since
+    # this server ends with its run.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     "PREFECT_SERVER_EVENTS_STREAM_OUT_ENABLED": "false",
     "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",  # 1 to 4 s; a block type is registered when one is saved
     "PREFECT_SERVER_UI_ENABLED": "false",
@@ -203,8 +206,13 @@ def forced_by_dvc() -> bool:
     """Whether this is a stage of `dvc repro --force` or `dvc exp run --force`. DVC tells its stages nothing of it."""
     dvc = _dvc_above()
     with suppress(psutil.Error):
-        return dvc is not None and not {"-f", "--force"}.isdisjoint(dvc.cmdline())
+        return dvc is not None and any(_forces(word) for word in dvc.cmdline())
     return False
+
+
+def _forces(word: str) -> bool:
+    """Whether an argument of `dvc` is `-f`, alone or among others as in `-fs`, `--force` or `--force-downstream`."""
+    return word.startswith("--forc") or re.fullmatch(r"-[fsmipPRkvq]*f[fsmipPRkvq]*", word) is not None
 
 
 def _dvc_above() -> psutil.Process | None:

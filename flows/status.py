@@ -61,6 +61,10 @@ def _state(workspace: engine.Workspace, stage: Stage) -> tuple[str, str, str]:
     if entry and (engine.exported(workspace, entry) or entry.has_payload()):
         return "done", entry.digest, headline(stage.name, entry.manifest["metrics"])
     if stage.name == "ppo":
-        finished = len(engine.known_iterations(workspace))
-        return "to do", "", f"{finished} of {workspace.params.ppo.iterations} iterations" if finished else ""
-    return "to do", "", "begun" if workspace.store.partial(job.key).exists() else ""
+        chain = engine.known_iterations(workspace)
+        kept = max((i for i, entry in enumerate(chain, start=1) if entry.has_payload()), default=0)
+        if kept:
+            return "to do", "", f"{kept} of {workspace.params.ppo.iterations} iterations are done"
+    if workspace.store.partial(job.key).exists():
+        return "to do", "", "begun"
+    return "to do", "", engine.why(workspace, job)

@@ -26,12 +26,15 @@ class Orders:
     """How a run is to go about its stages.
 
     Attributes:
-        refresh: do all of the work again, whatever the store has.
+        refresh: do all of the work again, whatever the store and the workspace have.
         deadline: when the run must be over, in seconds of `time.monotonic`.
     """
 
     refresh: bool = False
     deadline: float | None = None
+
+    def over(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
 
     def seconds_left(self) -> float | None:
         return None if self.deadline is None else max(0.01, self.deadline - time.monotonic())
@@ -50,7 +53,7 @@ def run_stage(workspace: Workspace, job: Job, hit: Entry | None, record: StageRe
 def run_ppo(workspace: Workspace, job: Job, hit: Entry | None, record: StageRecord, orders: Orders) -> Entry:
     """The ppo stage: a task an iteration, each from the state that its parent left, and one that collects them."""
     total = workspace.params.ppo.iterations
-    known = [] if orders.refresh else engine.known_iterations(workspace)
+    known = engine.known_iterations(workspace)
     if hit and len(known) < total:  # adopted from DVC, which keeps no iterations
         return run_task(job, "ppo", hit, lambda: hit, orders)
     done = known if hit else known[: engine.usable_iterations(known)]
@@ -59,8 +62,6 @@ def run_ppo(workspace: Workspace, job: Job, hit: Entry | None, record: StageReco
         for iteration in range(1, total + 1):
             parent = done[iteration - 2] if iteration > 1 else None
             step = engine.plan_iteration(workspace, iteration, parent)
-            if orders.refresh:
-                engine.forget(workspace, step)
             entry = run_task(
                 step,
                 f"ppo-{iteration:03d}",

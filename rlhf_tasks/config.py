@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -293,7 +294,12 @@ def parse_params(document: Any, name: str = "params.yaml") -> Params:
     try:
         return Params.model_validate(document)
     except ValidationError as error:
-        problems = [_sentence(problem) for problem in error.errors()]
+        found = error.errors()
+        # where a part is wrong, what that makes of the whole is no second mistake
+        inner = [
+            p for p in found if not any(len(o["loc"]) > len(p["loc"]) == _common(o["loc"], p["loc"]) for o in found)
+        ]
+        problems = [_sentence(problem) for problem in inner]
         raise UserError("\n".join(f"{name}: {p}" for p in problems)) from None
 
 
@@ -376,6 +382,11 @@ def _yaml_value(assignment: str, text: str) -> Any:
         raise UserError(
             f"--set {assignment}: `{text}` is not readable as YAML: {' '.join(str(error).split())}"
         ) from None
+
+
+def _common(one: tuple[Any, ...], other: tuple[Any, ...]) -> int:
+    """How many places two locations share from the start."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _sentence(problem: Any) -> str:

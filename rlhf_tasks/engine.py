@@ -174,19 +174,71 @@ def _simd() -> list[str]:
     return [name for name in _SIMD if name in flags]
 
 
+def why(workspace: Workspace, job: Job) -> str:
+    """What is different from the last result of the stage that the store knows, in a few words."""
+    earlier = [entry for entry in workspace.store.entries() if entry.manifest["identity"]["stage"] == job.stage]
+    if not earlier:
+        return "never done here"
+    last = max(earlier, key=lambda entry: (entry.folder / "manifest.json").stat().st_mtime).manifest["identity"]
+    reasons = []
+    for part in ("parameters", "inputs", "code", "environment"):
+        old, new = _flat(last[part]), _flat(job.identity[part])
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                values = "" if part in ("inputs", "code") else f" {old.get(name)} -> {new.get(name)}"
+                reasons.append(f"{name}{values}")
+    return "changed: " + ", ".join(reasons[:4]) + (f" and {len(reasons) - 4} more" if len(reasons) > 4 else "")
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested mappings with dotted keys."""
+    if not isinstance(value, dict):
+        return {name: value}
+    inner = (_flat(v, f"{name}.{k}" if name else str(k)) for k, v in value.items())
+    return {k: v for part in inner for k, v in part.items()}
+
+
 def changed_since(workspace: Workspace, job: Job) -> bool:
     """Whether parameters, inputs or code on disk are no longer what a job was planned with."""
-    now = Workspace(workspace.root, load_params(workspace.root / "params.yaml"))
-    closure = import_closure(STAGES[job.stage].module)
-    edited = any(digest_file(SOURCE_ROOT / file) != _CODE[file] for file in closure if (SOURCE_ROOT / file).exists())
-    return edited or plan(now, STAGES[job.stage]).key != job.key
+    now, stage = Workspace(workspace.root, load_params(workspace.root / "params.yaml")), STAGES[job.stage]
+    return _edited(stage) or plan(now, stage).key != job.key
 
 
-def _refuse_changed_inputs(workspace: Workspace, job: Job) -> None:
-    """Nothing is stored under a key whose inputs may not have been the ones that were read."""
+def _edited(stage: Stage) -> bool:
+    """Whether the code of a stage is no longer what this process took its keys from."""
+    files = import_closure(stage.module)
+    return any(
+        not (SOURCE_ROOT / file).exists() or digest_file(SOURCE_ROOT / file) != _CODE.get(file) for file in files
+    )
+
+
+@contextmanager
+def _nothing_changes(workspace: Workspace, job: Job) -> Iterator[Callable[[], None]]:
+    """Watch what a job was planned with: yields a check to make before its result is stored.
+
+    Code is looked at once the stage's module has been imported, which may be long after this process began, and again
+    at the end; inputs by content, and by what changes when a file is replaced and put back.
+
+    Raises:
+        UserError: here or in the check: nothing is stored under a key of what may not have been read.
+    """
     stage = STAGES["ppo" if job.stage == ITERATION else job.stage]
-    if _input_digests(workspace, stage) != job.identity["inputs"]:
-        raise UserError(f"{stage.name}: its inputs changed while it ran, so its result was dropped; run again")
+    importlib.import_module(stage.module)
+
+    def check() -> None:
+        if _edited(stage) or _input_digests(workspace, stage) != job.identity["inputs"] or _facts() != facts:
+            raise UserError(
+                f"{stage.name}: its inputs or its code changed while it ran, so its result was dropped; run again"
+            )
+
+    def _facts() -> list[tuple[str, int, int]]:
+        paths = [workspace.root / path for path in job.identity["inputs"]]
+        files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+        return [(str(file), (seen := file.stat()).st_ino, seen.st_mtime_ns) for file in files if file.is_file()]
+
+    facts = _facts()
+    check()
+    yield check
 
 
 # Work ----------------------------------------------------------------------------------------------------------------
@@ -209,14 +261,18 @@ def perform(workspace: Workspace, job: Job, watch: Watch) -> Entry:
         arguments |= {name: workspace.root / path for name, path in stage.inputs.items()}
         partial, started = store.partial(job.key), time.time()
         partial.mkdir(parents=True, exist_ok=True)
-        with store.writing(job.key) as out, Recorder(watch, partial / "series.jsonl") as recorder:
+        with (
+            _nothing_changes(workspace, job) as check,
+            store.writing(job.key) as out,
+            Recorder(watch, partial / "series.jsonl") as recorder,
+        ):
             run = importlib.import_module(stage.module).run
             offered = {"partial": partial, "progress": recorder}
             wanted = {name: value for name, value in offered.items() if name in inspect.signature(run).parameters}
             metrics = run(**arguments, **wanted, out=out)
             _save_curve(stage, out, recorder.series)
             perf = {"seconds": time.time() - started}
-            _refuse_changed_inputs(workspace, job)
+            check()
             return store.commit(job.key, out, job.identity, metrics=metrics, series=recorder.series, perf=perf)
 
 
@@ -231,13 +287,13 @@ def perform_iteration(workspace: Workspace, job: Job, parent: Entry | None) -> E
         entry = store.find(job.key)
         if entry and entry.has_payload():
             return entry
-        trainer = _trainer(workspace, parent)
-        workspace.live_trainer = None  # until the step is done its state is nobody's
-        with store.writing(job.key) as out:
+        with _nothing_changes(workspace, job) as check, store.writing(job.key) as out:
+            trainer = _trainer(workspace, parent)
+            workspace.live_trainer = None  # until the step is done its state is nobody's
             metrics, timings = trainer.step(out)
             seconds = sum(v for k, v in timings.items() if k.endswith("_seconds"))
             row = {"step": iteration, "time_ms": int(time.time() * 1000), "values": metrics}
-            _refuse_changed_inputs(workspace, job)
+            check()
             entry = store.commit(
                 job.key, out, job.identity, metrics=metrics, series=[row], perf=timings | {"seconds": seconds}
             )
@@ -249,7 +305,7 @@ def finish_ppo(workspace: Workspace, job: Job, iterations: list[Entry]) -> Entry
     """Make the ppo stage's result of its last iteration's state and everybody's curve."""
     stage, store = STAGES["ppo"], workspace.store
     last = iterations[-1]
-    with store.lock(job.key), store.writing(job.key) as out:
+    with store.lock(job.key), _nothing_changes(workspace, job) as check, store.writing(job.key) as out:
         last.verify()
         run = importlib.import_module(stage.module).run
         metrics = run(
@@ -258,7 +314,7 @@ def finish_ppo(workspace: Workspace, job: Job, iterations: list[Entry]) -> Entry
         series = [row for entry in iterations for row in entry.manifest["series"]]
         _save_curve(stage, out, series)
         perf = {"seconds": sum(entry.manifest["perf"]["seconds"] for entry in iterations)}
-        _refuse_changed_inputs(workspace, job)
+        check()
         return store.commit(job.key, out, job.identity, metrics=metrics, series=series, perf=perf)
 
 

@@ -12,5 +12,5 @@ class UserError(ValueError):
 
 def without_secrets(text: str) -> str:
     """A text without the user names, passwords and queries of its URLs."""
-    text = re.sub(r"//[^/@\s]+@", "//", text)
-    return re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", text)
+    text = re.sub(r"//\S*@", "//", text)  # a password may hold @ and / itself
+    return re.sub(r"(\w+://[^\s?]+)\?\S*", r"\1", text)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_tasks.stages import STAGES
+
 Table = tuple[str, list[str], list[list[str]]]
 
 _SAMPLES = "Held-out prompts, both answers"
@@ -24,10 +26,13 @@ class Report:
         return title == _SAMPLES
 
 
-def make_report(root: Path, examples: int) -> Report:
-    """Everything the workspace has metrics for; stages that have not run leave no table."""
+def make_report(root: Path, examples: int, until: str) -> Report:
+    """What the stages up to `until` left; what lies in the workspace of a later one is of another model."""
     tables, notes = [], []
-    reward, evaluation, register = (_read(root / f"metrics/{name}.json") for name in ("reward", "evaluate", "register"))
+    reward, evaluation, register = (
+        _read(root / f"metrics/{name}.json") if list(STAGES).index(name) <= list(STAGES).index(until) else {}
+        for name in ("reward", "evaluate", "register")
+    )
     if reward:
         tables.append(_reward_table(reward))
     if evaluation:
@@ -37,6 +42,8 @@ def make_report(root: Path, examples: int) -> Report:
         for rule, outcome in register["gate"].items():
             verdict = "passed" if outcome["passed"] else "FAILED"
             notes.append(f"gate: {rule} {verdict} (found {outcome['found']:.3f}, limit {outcome['limit']:.3f})")
+    elif evaluation:
+        notes.append("The Actor was not judged: `rlhf run` goes on with register.")
     return Report(tables, notes)
 
 
@@ -57,7 +64,9 @@ def headline(stage: str, metrics: dict[str, float]) -> str:
 
 def _reward_table(m: dict[str, Any]) -> Table:
     rows = [["all", f"{m['pairs']:.0f}", f"{m['accuracy']:.3f} [{m['accuracy_low']:.3f}, {m['accuracy_high']:.3f}]"]]
-    rows += [[gap, str(part["pairs"]), f"{part['accuracy']:.3f}"] for gap, part in m["accuracy_by_gap"].items()]
+    by_gap = m["accuracy_by_gap"]
+    if len(by_gap) > 1:  # pairs without margins have no gaps to tell apart
+        rows += [[gap, str(part["pairs"]), f"{part['accuracy']:.3f}"] for gap, part in by_gap.items()]
     return ("Reward model on held-out pairs", ["rating gap", "pairs", "accuracy [95 % interval]"], rows)
 
 

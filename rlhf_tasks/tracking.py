@@ -63,8 +63,11 @@ _OUTAGES = (
 
 
 @contextlib.contextmanager
-def answered(uri: str) -> Iterator[None]:
+def answered(uri: str, opening: bool = False) -> Iterator[None]:
     """Turn the many ways of not being answered by a tracking server into one.
+
+    Args:
+        opening: whether this is the first contact, in which the address itself may be at fault.
 
     Raises:
         Unreachable: with the server's address and the reason, without what is secret in either.
@@ -72,9 +75,13 @@ def answered(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        if error.error_code not in _OUTAGES:
+        if error.error_code not in _OUTAGES and not opening:
             raise
         problem = str(error)
+    except ImportError as error:
+        if not opening:
+            raise
+        problem = f"a driver is missing: {error}"
     except (RequestException, SQLAlchemyError) as error:
         problem = str(error)
     else:
@@ -119,7 +126,7 @@ class Tracker:
 
     def __init__(self, root: Path) -> None:
         self.uri = tracking_uri(root)
-        with answered(self.uri):
+        with answered(self.uri, opening=True):
             self.client = _connect(self.uri, root)
             location = (root.resolve() / "mlartifacts").as_uri() if self.uri == _default_uri(root) else None
             self.experiment_id = _open_experiment(self.client, experiment_name(), location)

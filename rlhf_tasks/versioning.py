@@ -55,7 +55,9 @@ def update_pipeline(root: Path, params: Params) -> bool:
     path, text = root / "dvc.yaml", pipeline_yaml(params)
     if path.exists() and path.read_text() == text:
         return False
-    path.write_text(text)
+    temporary = path.with_name("dvc.yaml.new")  # whole or not at all, on a full disk too
+    temporary.write_text(text)
+    temporary.replace(path)
     return True
 
 

@@ -60,7 +60,7 @@ def test_the_shipped_file_loads_and_states_every_parameter() -> None:
         ("reward: {minibatches: 2}", ["unknown key `reward.minibatches`", "did you mean `ppo.minibatches`?"]),
         ("sft: {zzzzzz: 2}", ["unknown key `sft.zzzzzz`; Allowed here: epochs, learning_rate"]),
         ("seed: '1'", ["`seed`: found '1' (text)", "integer"]),
-        ("seed: true", ["`seed`: found True (bool)", "integer"]),
+        ("seed: true", ["`seed`: found True (yes or no)", "integer"]),
         ("ppo: {batch: 8.0}", ["`ppo.batch`: found 8.0", "integer"]),
         ("ppo: {whiten_rewards: 1}", ["`ppo.whiten_rewards`: found 1", "boolean"]),
         ("ppo: [1, 2]", ["`ppo`: found [1, 2]"]),
@@ -107,8 +107,8 @@ def test_a_wrong_source_is_named(tmp_path: Path, source: str, said: str) -> None
         (DATA.replace("]}", "], ratings: {scale: [1, 2, 3]}}"), "`data.ratings.scale`"),
         ("ppo: {kl: [}", "not readable as YAML"),
         ("seed: 1\nseed: 2", "not readable as YAML"),
-        ("- ppo", "expected a mapping of sections"),
-        ("", "expected a mapping of sections"),
+        ("- ppo", "expected sections such as"),
+        ("", "expected sections such as"),
     ],
 )
 def test_a_file_that_is_no_set_of_parameters_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -149,6 +149,14 @@ def test_loaded_values_cannot_be_changed(commented: Path) -> None:
     params = load_params(commented)
     with pytest.raises(ValidationError):
         params.ppo.kl.coef = 1.0  # type: ignore[misc]
+
+
+def test_a_wrong_part_is_named_once(tmp_path: Path) -> None:
+    """What it makes of the whole is no second mistake."""
+    text = "data: {sources: [{kind: preferences, path: data/mine.jsonl}]}"
+    said = refusal(tmp_path, text)
+    assert "`data.sources.0.kind`: found 'preferences'" in said
+    assert len(said.splitlines()) == 1
 
 
 def test_set_changes_one_line_and_keeps_comments(commented: Path) -> None:

@@ -506,3 +506,34 @@ def test_metrics_files_are_json_that_others_read(finished: Any) -> None:
 
     for stage in TRAINED:
         json.loads((finished.workspace.root / STAGES[stage].metrics).read_text(), parse_constant=refuse)
+
+
+def test_an_input_that_was_replaced_and_put_back_is_not_trusted(
+    workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows which of the two the stage read."""
+    project = workspace()
+    monkeypatch.chdir(project.root)
+    source = project.root / "data/raw/ratings.jsonl"
+    content, job = source.read_bytes(), engine.plan(project, STAGES["prepare"])
+
+    def watch(row: object, total: int) -> None:
+        other = source.with_name("other")
+        other.write_bytes(content)
+        other.replace(source)
+
+    with pytest.raises(UserError, match="its inputs or its code changed while it ran"):
+        engine.perform(project, job, watch)
+    assert project.store.find(job.key) is None
+    assert engine.perform(project, job, lambda row, total: None).has_payload()
+
+
+def test_code_edited_before_it_is_imported_is_not_run_under_the_old_key(
+    workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = workspace()
+    job = engine.plan(project, STAGES["prepare"])
+    monkeypatch.setitem(engine._CODE, "rlhf_tasks/data/pairs.py", "0" * 64)
+    with pytest.raises(UserError, match="its inputs or its code changed while it ran"):
+        engine.perform(project, job, lambda row, total: None)
+    assert project.store.find(job.key) is None

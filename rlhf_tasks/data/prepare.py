@@ -82,7 +82,11 @@ def run(*, seed: int, data: config.Data, model: config.Model, out: Path, progres
     feedback.finish(seed, data.ratings)
     tables = _split(feedback, data)
     if tokenizer is None:
-        texts = (text for row in tables["sft", "train"] for text in (row.prompt, row.response))
+        texts = [text for row in tables["sft", "train"] for text in (row.prompt, row.response)]
+        if any(source.kind == "preference" for source in data.sources):
+            # Else what people rejected, which SFT never sees, falls into more tokens, and that gives it away.
+            # (The texts of rated pairs are SFT's own.)
+            texts += [row.rejected for row in tables["pairs", "train"]]
         tokenizer = train_tokenizer(texts, model.scratch.vocab_size, fixed_strings(template))
     tokenizer.save_pretrained(out / "tokenizer")
     encoder = Encoder(tokenizer, template == "chat", data.max_prompt_tokens, data.max_response_tokens)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from e2e.conftest import Project, make_project
+from e2e.servers import wait_until
 from mlflow import MlflowClient
 
 STAGES = ["prepare", "sft", "reward", "ppo", "evaluate", "register"]
@@ -62,6 +63,7 @@ def test_status_is_quick_and_true(copy_of: Project) -> None:
     copy_of.set(ppo__kl__coef=0.2)
     status = copy_of.rlhf("status").stdout
     assert status.count(" done ") == 3
+    assert "changed: ppo.kl.coef 0.05 -> 0.2" in " ".join(status.replace("│", " ").split())
     assert "`rlhf run` goes on with ppo" in status
 
 
@@ -254,6 +256,25 @@ def test_an_edit_while_a_stage_runs_is_never_recorded_as_read(copy_of: Project, 
     assert run.returncode != 0, output
     assert "sft: params.yaml, its inputs or its code changed while it ran" in errors + output
     assert (copy_of.root / "dvc.lock").read_text() == before
+
+
+@pytest.mark.slow
+def test_code_edited_while_a_run_goes_on_is_never_taken_for_the_old(copy_of: Project) -> None:
+    """The edited module is imported late; its result must not lie under the key of the code that was there before."""
+    path = copy_of.root / "rlhf_tasks/evaluate.py"
+    before, old = manifests(copy_of), path.read_text()
+    run = copy_of.start("rlhf", "run", "--set", "sft.epochs=30")
+    partial = copy_of.root / ".rlhf/store/partial"
+    wait_until(lambda: list(partial.glob("*/series.jsonl")), 120, lambda: run.communicate())
+    path.write_text(old.replace('metrics["win_rate"] = ', 'metrics["win_rate"] = 7 + '))
+    output, errors = run.communicate(timeout=240)
+    assert run.returncode == 2, output
+    assert "evaluate: its inputs or its code changed while it ran" in errors
+    path.write_text(old)
+    again = copy_of.rlhf("run")
+    assert states(again.stdout)["evaluate"] == "done", again.stdout + again.stderr
+    assert copy_of.metrics("evaluate")["win_rate"] <= 1
+    assert set(before) <= set(manifests(copy_of))
 
 
 def test_nobody_registers_an_actor_made_of_stale_stages(copy_of: Project) -> None:

@@ -305,6 +305,17 @@ def test_the_dvc_command_is_recognised(command: str, expected: bool) -> None:
     assert server._is_dvc(command.split()) == expected
 
 
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        *[(word, True) for word in ("-f", "-fs", "-sf", "--force", "--forc", "--force-downstream")],
+        *[(word, False) for word in ("-s", "-S", "--file", "ppo.kl.coef=0.2", "-nfirst")],
+    ],
+)
+def test_force_is_recognised(word: str, expected: bool) -> None:
+    assert server._forces(word) == expected
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"process": {"pid": 1}}', '{"url": "u", "host": "h", "proc'])
 def test_a_record_that_is_none_reads_as_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "server.json").write_text(text)
