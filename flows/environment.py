@@ -40,6 +40,8 @@ def configure_libraries() -> None:
     """Set what MLflow, DVC, Hugging Face and torch read on import. What the user has set stays."""
     for name, value in {**PRIVATE, **QUIET, **FAST, **IMPATIENT}.items():
         os.environ.setdefault(name, value)
+    # What it retries is said in the end, in a sentence.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     # Prefect gives its extra loggers a handler, but not a level: they would stay at the root's WARNING.
     logging.getLogger("rlhf_tasks").setLevel(logging.INFO)
 
