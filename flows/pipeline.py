@@ -32,6 +32,7 @@ from rlhf_tasks.store import DamagedEntry, Entry, full_disk_is_a_sentence
 log = logging.getLogger("rlhf_tasks.flows")
 
 SECONDS_A_TRY = 5.0
+LEASE_SECONDS = 60.0  # renewed while the stage works; a killed one loses its slot after this
 
 
 def run_name() -> str:
@@ -201,7 +202,9 @@ def device_slot(workspace: Workspace, stage: Stage, orders: Orders) -> Iterator[
         said = False
         while True:
             try:  # in short tries: a long one could be ended neither by Ctrl-C nor by the run's own deadline
-                held.enter_context(concurrency(limit, occupy=1, timeout_seconds=SECONDS_A_TRY))
+                held.enter_context(
+                    concurrency(limit, occupy=1, timeout_seconds=SECONDS_A_TRY, lease_duration=LEASE_SECONDS)
+                )
                 break
             except TimeoutError:
                 if orders.over():

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import socket
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -98,6 +99,7 @@ _REASONS = {
     "Name or service not known|Temporary failure in name resolution|Failed to resolve": "unknown host",
     "timed out|Timeout": "timed out",
     r"error code 401|Unauthorized": "it wants MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    "filesystem tracking backend|unsupported URI": "expected http://, https://, or a database such as sqlite:///mlflow.db",
     "error code 404": "something else listens there: it knows no MLflow API",
     "disk is full|No space left": "its disk is full",
 }
@@ -126,6 +128,8 @@ class Tracker:
 
     def __init__(self, root: Path) -> None:
         self.uri = tracking_uri(root)
+        if self.uri.startswith("sqlite:///"):
+            _check_writable(self.uri, Path(self.uri.removeprefix("sqlite:///")).parent)
         with answered(self.uri, opening=True):
             self.client = _connect(self.uri, root)
             location = (root.resolve() / "mlartifacts").as_uri() if self.uri == _default_uri(root) else None
@@ -301,6 +305,18 @@ class Tracker:
             log.warning("%d values that are no finite numbers were not logged to MLflow: %s", dropped, ", ".join(names))
         for part in _chunks(finite, MAX_METRICS_PER_BATCH):
             self.client.log_batch(run_id, metrics=part)
+
+
+def _check_writable(uri: str, folder: Path) -> None:
+    """Whether a database can be made in a folder: MLflow would find out by retrying for minutes."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or "no reason given"
+        raise Unreachable(
+            f"MLflow at {uri}: {folder} cannot be written to ({reason}); correct MLFLOW_TRACKING_URI"
+        ) from None
 
 
 def _default_uri(root: Path) -> str:

@@ -99,6 +99,25 @@ def test_server_and_experiment_come_from_the_environment(tmp_path: Path, monkeyp
     assert tracking.experiment_name() == "other"
 
 
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("127.0.0.1:5000", "expected http://"),
+        ("gopher://somewhere", "expected http://"),
+        ("postgresql://user:hidden@127.0.0.1/db", "postgresql://127.0.0.1/db does not answer"),
+        ("sqlite:////proc/mlflow.db", "/proc cannot be written to"),
+    ],
+)
+def test_an_address_that_is_none_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, said: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(tracking.Unreachable) as caught:
+        Tracker(tmp_path)
+    assert said in str(caught.value)
+    assert "hidden" not in str(caught.value)
+
+
 def test_runs_of_killed_processes_are_marked(tracker: Tracker, killed: list[str], run: str) -> None:
     reused = tracker.start_pipeline({}, {}, "an older process with this pid")
     tracker.set_tags(reused, {tracking.PID_STARTED: "1"})
