@@ -328,8 +328,10 @@ def _check_named(url: str) -> None:
         UserError: it does not.
     """
     from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    with get_client(sync_client=True) as client:
+    # in case Prefect was imported, and has read its settings, before the variable was set
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
         problem = client.api_healthcheck()
     if problem:
         reason = without_secrets(" ".join(str(problem).split()))
