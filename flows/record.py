@@ -83,9 +83,9 @@ class Record:
         """Start the parent run, or go on with the one that an earlier stage of the same `dvc repro` started.
 
         Raises:
-            Unreachable: MLflow does not answer and `tracking.when_down` is `stop`: at once, or, if it went away in the
+            UserError: MLflow does not answer and `tracking.when_down` is `stop`: at once, or, if it went away in the
                 middle, at the end.
-            UserError: the registry holds something else under the Actor's name.
+            UserError: the registry holds something else under the name of the Actor.
         """
         # lineage once: the run itself changes dvc.lock, and with it whether git is clean
         record, patient = cls(workspace, lineage(workspace.root)), workspace.params.tracking.when_down == "continue"
