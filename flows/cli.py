@@ -16,7 +16,7 @@ from rlhf_tasks.closure import SOURCE_ROOT
 from rlhf_tasks.config import Params, load_params, parse_assignments, set_params
 from rlhf_tasks.engine import alone, check_sources, state_folder
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.stages import STAGES, stages_between
+from rlhf_tasks.stages import STAGES, Stage, stages_between
 
 STAGE_NAMES = ", ".join(STAGES)
 
@@ -58,8 +58,7 @@ def run(
     """Run the pipeline: every stage that is out of date, and nothing else."""
     root = Path.cwd()
     stages = stages_between(start, until)
-    params = _params(root, set_ or [])
-    check_sources(params, root, stages)
+    params = _params(root, stages, set_ or [])
     environment.configure_prefect(state_folder(root))
     run_here(root, start, until, refresh=refresh)
     from flows.console import say_report
@@ -73,7 +72,7 @@ def run(
 def stage(name: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {STAGE_NAMES}.")]) -> None:
     """Run one stage, on what the earlier ones left. This is what `dvc repro` calls."""
     root = Path.cwd()
-    _params(root, [])
+    _params(root, stages_between(name, name), [])
     environment.configure_prefect(state_folder(root))
     run_here(root, name, name, refresh=forced_by_dvc())
 
@@ -108,13 +107,18 @@ def _run_this_checkout() -> None:
         os.execv(sys.executable, [sys.executable, "-m", "flows.cli", *sys.argv[1:]])
 
 
-def _params(root: Path, assignments: list[str]) -> Params:
-    """Check params.yaml before anything slow is imported, with the assignments written into it."""
-    if assignments:
-        load_params(root / "params.yaml")
-        with alone(root):  # another run in this checkout would go on with what is written here
-            for change in set_params(root / "params.yaml", parse_assignments(assignments)):
-                print(f"params.yaml: {change}")
+def _params(root: Path, stages: list[Stage], assignments: list[str]) -> Params:
+    """Check params.yaml before anything slow is imported, and write the assignments into it if it is then right."""
+    params = load_params(root / "params.yaml")
+    if not assignments:
+        check_sources(params, root, stages)
+        return params
+    with alone(root):  # another run in this checkout would go on with what is written here
+        changes = set_params(
+            root / "params.yaml", parse_assignments(assignments), lambda new: check_sources(new, root, stages)
+        )
+    for change in changes:
+        print(f"params.yaml: {change}")
     return load_params(root / "params.yaml")
 
 

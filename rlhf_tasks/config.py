@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import io
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -318,8 +318,13 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     return values
 
 
-def set_params(path: Path, values: Mapping[str, Any]) -> list[str]:
+def set_params(
+    path: Path, values: Mapping[str, Any], check: Callable[[Params], None] = lambda params: None
+) -> list[str]:
     """Write values by their dotted keys into params.yaml, keeping its comments, if the result is valid.
+
+    Args:
+        check: looks at what the file will say, and raises a `UserError` if that cannot be run.
 
     Returns:
         What changed, each as `key: old -> new`.
@@ -339,7 +344,7 @@ def set_params(path: Path, values: Mapping[str, Any]) -> list[str]:
         if parts[-1] not in node or node[parts[-1]] != value:
             changes.append(f"{key}: {node.get(parts[-1])} -> {value}")
         node[parts[-1]] = value
-    parse_params(document, path.name)
+    check(parse_params(document, path.name))
     if changes:
         buffer = io.StringIO()
         yaml.indent(mapping=2, sequence=4, offset=2)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import socket
 import subprocess
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zc.lockfile
 from e2e.conftest import Project
-from e2e.test_doors import manifests
+from e2e.test_doors import STAGES, manifests, states
 
 RATED = {"text": "a fine film", "ratings": [3, 4]}
 
@@ -56,6 +58,13 @@ def test_data_that_cannot_be_used(copy_of: Project, rows: list[Any], sentence: s
     assert sentence in said
 
 
+def test_a_value_that_cannot_be_run_is_not_written(copy_of: Project) -> None:
+    before = (copy_of.root / "params.yaml").read_bytes()
+    said = refused(copy_of, "--set", "seed=5", "--set", "model.base=no/such/folder")
+    assert "no/such/folder: not found, but the stage prepare reads it" in said
+    assert (copy_of.root / "params.yaml").read_bytes() == before
+
+
 def test_a_model_folder_without_a_tokenizer(copy_of: Project) -> None:
     base = copy_of.root / "base"
     shutil.copytree(copy_of.root / "checkpoints/sft", base)
@@ -73,6 +82,19 @@ def test_dvc_is_busy(copy_of: Project) -> None:
     finally:
         held.close()
     assert "another DVC process" in said
+
+
+@pytest.mark.slow
+def test_the_usual_ports_are_in_use(copy_of: Project) -> None:
+    """Prefect's 4200 and MLflow's 5000, also when Prefect was told so: the run's own server takes a free one."""
+    del copy_of.environment["PREFECT_API_URL"]
+    with ExitStack() as held:
+        for port in (4200, 5000):
+            with suppress(OSError):  # somebody else holds it, which is as good
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+        copy_of.environment |= {"PREFECT_SERVER_API_PORT": "4200"}
+        done = copy_of.rlhf("run")
+    assert states(done.stdout) == dict.fromkeys(STAGES, "cached"), done.stdout + done.stderr
 
 
 def can_mount() -> bool:

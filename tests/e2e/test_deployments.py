@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import pytest
 import yaml
 from e2e.conftest import REPOSITORY, Project
 from e2e.servers import running, wait_until
-from e2e.test_doors import STAGES
+from e2e.test_doors import STAGES, states
 from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter, TaskRunFilter
@@ -161,11 +164,20 @@ def test_time_is_up(deployed: Deployed) -> None:
     assert kept, "what a retry goes on from"
 
 
-@pytest.mark.slow
-def test_a_concurrency_limit_of_the_device_is_honoured(deployed: Deployed) -> None:
-    created = deployed.project.run("prefect", "gcl", "create", "rlhf-cpu", "--limit", "1")
+@contextmanager
+def limit_of_one(project: Project) -> Iterator[None]:
+    """The global concurrency limit `rlhf-cpu`, with one slot."""
+    created = project.run("prefect", "gcl", "create", "rlhf-cpu", "--limit", "1")
     assert created.returncode == 0, created.stdout + created.stderr
     try:
+        yield
+    finally:
+        project.run("prefect", "--no-prompt", "gcl", "delete", "rlhf-cpu")
+
+
+@pytest.mark.slow
+def test_a_concurrency_limit_of_the_device_is_honoured(deployed: Deployed) -> None:
+    with limit_of_one(deployed.project):
         taken = deployed.client.increment_concurrency_slots(["rlhf-cpu"], 1, "concurrency")
         assert taken.status_code == 200
         run = deployed.run("sft", params={"seed": 1})
@@ -177,5 +189,25 @@ def test_a_concurrency_limit_of_the_device_is_honoured(deployed: Deployed) -> No
         deployed.wait_for(run, "Completed")
         limit = deployed.client.read_global_concurrency_limit_by_name("rlhf-cpu")
         assert limit.active_slots == 0
-    finally:
-        deployed.project.run("prefect", "--no-prompt", "gcl", "delete", "rlhf-cpu")
+
+
+@pytest.mark.slow
+def test_a_killed_run_frees_its_slot(copy_of: Project) -> None:
+    """Its lease is renewed no more, so the next run has it a minute later; Ctrl-C ends the waiting."""
+    with limit_of_one(copy_of):
+        killed = copy_of.start("rlhf", "run", "--set", "sft.epochs=300")
+        partial = copy_of.root / ".rlhf/store/partial"
+        wait_until(lambda: list(partial.glob("*/series.jsonl")), 120, "the first run does not train")
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.communicate()
+
+        impatient = copy_of.start("rlhf", "run", "--set", "sft.epochs=1", "--set", "seed=1")
+        assert impatient.stdout is not None
+        assert any("waiting for a slot" in line for line in impatient.stdout)
+        os.killpg(impatient.pid, signal.SIGINT)
+        output, errors = impatient.communicate(timeout=60)
+        assert impatient.returncode == 130, output + errors
+        assert "Traceback" not in output + errors
+
+        patient = copy_of.rlhf("run")
+        assert states(patient.stdout)["ppo"] == "done", patient.stdout + patient.stderr

@@ -129,6 +129,23 @@ def test_a_server_that_is_down(copy_of: Project) -> None:
 
 
 @pytest.mark.slow
+def test_a_server_that_is_down_under_dvc(copy_of: Project) -> None:
+    """The setting holds behind `dvc repro` too."""
+    copy_of.environment |= {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}"}
+    copy_of.set(ppo__kl__coef=0.2)
+    lock = copy_of.lock()
+    stopped = copy_of.dvc("repro", "ppo")
+    assert stopped.returncode != 0
+    assert "does not answer (connection refused)" in stopped.stderr
+    assert copy_of.lock() == lock
+    copy_of.set(tracking__when_down="continue")
+    going_on = copy_of.dvc("repro", "ppo")
+    assert going_on.returncode == 0, going_on.stdout + going_on.stderr
+    assert copy_of.lock()["ppo"] != lock["ppo"]
+    assert copy_of.lock()["sft"] == lock["sft"]
+
+
+@pytest.mark.slow
 def test_a_server_that_goes_away_while_training(copy_of: Project, tmp_path: Path) -> None:
     copy_of.set(sft__epochs=40)
     with mlflow_server(tmp_path / "server") as (url, server):
