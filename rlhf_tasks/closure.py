@@ -18,36 +18,51 @@ SOURCE_ROOT = Path(__file__).resolve().parent.parent
 @cache
 def import_closure(module: str) -> tuple[str, ...]:
     """The files that importing `module` runs, as sorted paths such as `rlhf_tasks/ppo/rollout.py`."""
+    return _closure(module, SOURCE_ROOT)
+
+
+def user_closure(module: str, root: Path) -> tuple[str, ...]:
+    """The files of the project at `root` that importing a user's module runs; none if the module is not there."""
+    return _closure(module, root) if _file_of(module, root).exists() else ()
+
+
+def _closure(module: str, root: Path) -> tuple[str, ...]:
     found: dict[str, str] = {}
     waiting = [module]
+    package = module.partition(".")[0]
     while waiting:
         name = waiting.pop()
-        if name in found:
+        path = _file_of(name, root)
+        if name in found or not path.exists():  # a folder without __init__.py has nothing to run
             continue
-        path = _file_of(name)
-        found[name] = path.relative_to(SOURCE_ROOT).as_posix()
+        found[name] = path.relative_to(root).as_posix()
         if "." in name:
             waiting.append(name.rpartition(".")[0])
-        waiting.extend(_imports(path))
+        waiting.extend(_imports(path, root, package))
     return tuple(sorted(found.values()))
 
 
-def _file_of(module: str) -> Path:
-    base = SOURCE_ROOT.joinpath(*module.split("."))
+def _file_of(module: str, root: Path) -> Path:
+    base = root.joinpath(*module.split("."))
     return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """Modules of this package that the file imports, at any depth of the code."""
+def _imports(path: Path, root: Path, package: str) -> Iterator[str]:
+    """Modules of `package`, or single files beside it, that the file imports, at any depth of the code."""
+
+    def counts(name: str) -> bool:
+        top = name.partition(".")[0]
+        return top == package or (top != PACKAGE and package != PACKAGE and _file_of(top, root).exists())
+
     for node in _running_nodes(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE)
+            yield from (alias.name for alias in node.names if counts(alias.name))
         elif isinstance(node, ast.ImportFrom) and node.level:
             raise ImportError(f"{path}:{node.lineno}: a relative import; write it absolute, so that keys can follow it")
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE:
+        elif isinstance(node, ast.ImportFrom) and node.module and counts(node.module):
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                yield inner if _file_of(inner).exists() else node.module
+                yield inner if _file_of(inner, root).exists() else node.module
 
 
 def _running_nodes(tree: ast.AST) -> Iterator[ast.AST]:

@@ -190,6 +190,20 @@ class Schedule(Section):
         return self
 
 
+class RewardFunction(Section):
+    """A Python callable that scores too: `(prompts, responses) -> a number each`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
+    weight: Finite = 1.0
+    instead: bool = False
+
+    @model_validator(mode="after")
+    def _has_a_name(self) -> RewardFunction:
+        if self.instead and self.name is None:
+            raise ValueError("`instead: true` needs a `name`: without a function there is no score")
+        return self
+
+
 class PPO(Section):
     iterations: Count = 32
     batch: Count = 128
@@ -265,6 +279,7 @@ class Params(Section):
     generation: Generation = Generation()
     sft: SFT = SFT()
     reward: Reward = Reward()
+    reward_function: RewardFunction = RewardFunction()
     ppo: PPO = PPO()
     evaluate: Evaluate = Evaluate()
     register_: Register = Field(default=Register(), alias="register")

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rlhf_tasks.closure import PACKAGE, SOURCE_ROOT, import_closure
+from rlhf_tasks.closure import PACKAGE, SOURCE_ROOT, import_closure, user_closure
 from rlhf_tasks.config import Params, load_params
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import STAGES, Stage, producer
@@ -110,11 +110,12 @@ def parameters(params: Params, stage: Stage) -> dict[str, Any]:
     return {k: v.model_dump(mode="json") if hasattr(v, "model_dump") else v for k, v in sections.items()}
 
 
-def external_inputs(params: Params, stage: Stage) -> list[str]:
+def external_inputs(params: Params, root: Path, stage: Stage) -> list[str]:
     """Files and folders from outside the pipeline that a stage reads, as params.yaml names them."""
     sources = [source.path for source in params.data.sources if source.path] if stage.name == "prepare" else []
     base = [params.model.base] if stage.name in ("prepare", "sft") and params.model.base != "scratch" else []
-    return sources + base
+    function = params.reward_function.name if "reward_function" in stage.sections else None
+    return sources + base + list(user_closure(function.partition(":")[0], root.resolve()) if function else ())
 
 
 def check_sources(params: Params, root: Path, stages: list[Stage]) -> None:
@@ -124,7 +125,7 @@ def check_sources(params: Params, root: Path, stages: list[Stage]) -> None:
         UserError: a file or folder that params.yaml names is missing, or is neither.
     """
     for stage in stages:
-        for path in external_inputs(params, stage):
+        for path in external_inputs(params, root, stage):
             _digest_input(root, path, stage)
 
 
@@ -141,7 +142,7 @@ def _job(name: str, stage: Stage, workspace: Workspace, settings: dict[str, Any]
 
 
 def _input_digests(workspace: Workspace, stage: Stage) -> dict[str, str]:
-    paths = [*stage.inputs.values(), *external_inputs(workspace.params, stage)]
+    paths = [*stage.inputs.values(), *external_inputs(workspace.params, workspace.root, stage)]
     return {path: _digest_input(workspace.root, path, stage) for path in paths}
 
 

@@ -26,6 +26,7 @@ from rlhf_tasks.ppo.experience import Episodes, per_token
 from rlhf_tasks.ppo.functional import response_logprobs
 from rlhf_tasks.ppo.rollout import Sampling, distinct_bigrams, ended, sample_responses
 from rlhf_tasks.reward import score_texts
+from rlhf_tasks.reward_function import load_reward_function
 from rlhf_tasks.seeds import derive_seed, permutation
 from rlhf_tasks.training import Progress, length_batches
 
@@ -52,6 +53,7 @@ def run(
     seed: int,
     runtime: config.Runtime,
     generation: config.Generation,
+    reward_function: config.RewardFunction,
     evaluate: config.Evaluate,
     prompts: Path,
     sft: Path,
@@ -77,6 +79,10 @@ def run(
     kl = sequence_kl(models["actor"], models["sft"], answers["actor"].episodes, tokenizer, generation.temperature)
     _, score_std = load_score_statistics(reward)
     metrics = compare(answers["sft"], answers["actor"], kl, score_std, evaluate.bootstrap, seed)
+    if score := load_reward_function(reward_function, tokenizer):
+        own = {name: score(questions, a.episodes.responses).double().numpy() for name, a in answers.items()}
+        metrics |= {f"{name}_function": float(values.mean()) for name, values in own.items()}
+        metrics |= interval("function_gain", own["actor"] - own["sft"], evaluate.bootstrap, seed)
     progress(done=len(models), total=len(models))
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     save_samples(out / "samples.jsonl", questions, answers, kl, tokenizer)

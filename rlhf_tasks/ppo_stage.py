@@ -26,10 +26,12 @@ from rlhf_tasks.models import (
     set_up_torch,
     stop_ids,
 )
+from rlhf_tasks.ppo.experience import ScoreFunction
 from rlhf_tasks.ppo.functional import AdaptiveKL, FixedKL
 from rlhf_tasks.ppo.iteration import Fixed, PPOState, iterate
 from rlhf_tasks.ppo.optimization import Learner
 from rlhf_tasks.ppo.rollout import Sampling
+from rlhf_tasks.reward_function import load_reward_function
 from rlhf_tasks.training import adamw, load_optimizer_tensors, optimizer_tensors
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class Trainer:
         seed: int,
         runtime: config.Runtime,
         generation: config.Generation,
+        reward_function: config.RewardFunction,
         ppo: config.PPO,
         prompts: Path,
         sft: Path,
@@ -79,6 +82,9 @@ class Trainer:
             prompts=TokenColumn(read_table(prompts / "train.arrow"), "input_ids"),
             sampling=Sampling.of(generation, stop_ids(actor, tokenizer, generation.stop), tokenizer.pad_token_id),
             score_statistics=load_score_statistics(reward),
+            score_function=ScoreFunction(
+                load_reward_function(reward_function, tokenizer), reward_function.weight, reward_function.instead
+            ),
         )
         if parent:
             load_state(parent, state)

@@ -75,6 +75,9 @@ def _evaluation_table(m: dict[str, Any]) -> Table:
         return f"{m[name]:+.3f} [{m[name + '_low']:+.3f}, {m[name + '_high']:+.3f}]"
 
     rows = [["reward score", f"{m['sft_score']:.3f}", f"{m['actor_score']:.3f}", gain("score_gain") + " sd"]]
+    if "function_gain" in m:
+        own = [f"{m[f'{name}_function']:.3f}" for name in ("sft", "actor")]
+        rows.append(["reward function", *own, gain("function_gain")])
     if "judge_gain" in m:
         rows.append(["VADER of the whole text", f"{m['sft_judge']:.3f}", f"{m['actor_judge']:.3f}", gain("judge_gain")])
     rows += [

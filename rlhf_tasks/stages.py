@@ -80,7 +80,7 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
             _stage(
                 "ppo",
                 "rlhf_tasks.ppo_stage",
-                "seed runtime generation ppo",
+                "seed runtime generation reward_function ppo",
                 {"prompts": _PROMPTS, "sft": _SFT, "reward": _REWARD},
                 {"actor": _ACTOR, "critic": _CRITIC, "curve.csv": "plots/ppo.csv"},
                 _TRAINING,
@@ -88,7 +88,7 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
             _stage(
                 "evaluate",
                 "rlhf_tasks.evaluate",
-                "seed runtime generation evaluate",
+                "seed runtime generation reward_function evaluate",
                 {"prompts": _PROMPTS, "sft": _SFT, "reward": _REWARD, "actor": _ACTOR},
                 {"samples.jsonl": "samples/evaluate.jsonl"},
                 (*_TRAINING, "vaderSentiment"),

@@ -32,10 +32,10 @@ PLOTS = {
 }
 
 
-def pipeline_yaml(params: Params) -> str:
-    """The text of dvc.yaml."""
+def pipeline_yaml(root: Path, params: Params) -> str:
+    """The text of dvc.yaml for a project at `root`."""
     document = {
-        "stages": {stage.name: _stage_entry(stage, params) for stage in STAGES.values()},
+        "stages": {stage.name: _stage_entry(root, stage, params) for stage in STAGES.values()},
         "metrics": [stage.metrics for stage in STAGES.values()],
         "plots": [
             {f"{title}: {column}": {"x": "step", "y": {path: column}}}
@@ -52,7 +52,7 @@ def pipeline_yaml(params: Params) -> str:
 
 def update_pipeline(root: Path, params: Params) -> bool:
     """Write dvc.yaml if it is not what `params` and the stages say. Returns whether it changed."""
-    path, text = root / "dvc.yaml", pipeline_yaml(params)
+    path, text = root / "dvc.yaml", pipeline_yaml(root, params)
     if path.exists() and path.read_text() == text:
         return False
     temporary = path.with_name("dvc.yaml.new")  # whole or not at all, on a full disk too
@@ -102,10 +102,11 @@ _REMEDIES = {
 }
 
 
-def _stage_entry(stage: Stage, params: Params) -> dict[str, Any]:
+def _stage_entry(root: Path, stage: Stage, params: Params) -> dict[str, Any]:
+    external = external_inputs(params, root, stage)
     return {
         "cmd": f"rlhf stage {stage.name}",
-        "deps": sorted([*stage.inputs.values(), *external_inputs(params, stage), *import_closure(stage.module)]),
+        "deps": sorted([*stage.inputs.values(), *external, *import_closure(stage.module)]),
         "params": list(stage.sections),
         "outs": list(stage.outs.values()),
     }

@@ -63,11 +63,11 @@ def test_no_two_outs_overlap() -> None:
 
 
 def test_dvc_yaml_is_what_the_table_generates() -> None:
-    assert (REPOSITORY / "dvc.yaml").read_text() == pipeline_yaml(PARAMS), "run `make dvc.yaml`"
+    assert (REPOSITORY / "dvc.yaml").read_text() == pipeline_yaml(REPOSITORY, PARAMS), "run `make dvc.yaml`"
 
 
 def test_the_pipeline_names_everything_that_a_stage_reads(stage: Stage) -> None:
-    entry = YAML(typ="safe").load(pipeline_yaml(PARAMS))["stages"][stage.name]
+    entry = YAML(typ="safe").load(pipeline_yaml(REPOSITORY, PARAMS))["stages"][stage.name]
     assert set(import_closure(stage.module)) | set(stage.inputs.values()) <= set(entry["deps"])
     assert entry["params"] == list(stage.sections)
     assert entry["outs"] == list(stage.outs.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +69,26 @@ class Experience:
         return Experience(**{name: x if x.dim() == 1 else x[:, :width] for name, x in cut.items()})
 
 
+@dataclass(frozen=True)
+class ScoreFunction:
+    """A score from outside the four models, added to the Reward's or `instead` of it.
+
+    Attributes:
+        score: B prompts and B responses, as tokens -> `[B]`.
+    """
+
+    score: Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Tensor] | None = None
+    weight: float = 1.0
+    instead: bool = False
+
+    def combine(self, scores: Tensor, episodes: Episodes) -> Tensor:
+        """The Reward's scores and this one together, `[B]`."""
+        if self.score is None:
+            return scores
+        own = self.weight * self.score(episodes.prompts, episodes.responses).to(scores.device)
+        return own if self.instead else scores + own
+
+
 def make_experience(
     episodes: Episodes,
     *,
@@ -79,6 +100,7 @@ def make_experience(
     ppo: config.PPO,
     temperature: float,
     score_statistics: tuple[float, float],
+    score_function: ScoreFunction,
     pad_id: int,
 ) -> tuple[Experience, Tensor]:
     """Turn episodes into experience. Returns it and the Reward's raw scores `[B]`."""
@@ -102,7 +124,8 @@ def make_experience(
     (token_score,) = over(lambda batch: (response_scores(reward, batch),))
     mask = response_masks(episodes).to(old_logprobs.device)
     raw_scores = token_score.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
-    scores = shape_scores(raw_scores, episodes.ended, ppo, score_statistics)
+    combine = partial(score_function.combine, episodes=episodes)
+    scores = shape_scores(raw_scores, episodes.ended, ppo, score_statistics, combine)
     rewards = assemble_rewards(scores, kl, mask, kl_coef)
     if ppo.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
@@ -114,12 +137,21 @@ def make_experience(
     return experience, raw_scores
 
 
-def shape_scores(raw: Tensor, ended: list[bool], ppo: config.PPO, statistics: tuple[float, float]) -> Tensor:
-    """The score that PPO maximises, from the Reward's raw one: kind, missing-EOS rule, clip. `[B] -> [B]`."""
+def shape_scores(
+    raw: Tensor,
+    ended: list[bool],
+    ppo: config.PPO,
+    statistics: tuple[float, float],
+    combine: Callable[[Tensor], Tensor] = lambda scores: scores,
+) -> Tensor:
+    """The score that PPO maximises, from the Reward's raw one: kind, what `combine` adds, missing-EOS rule, clip.
+
+    `[B] -> [B]`.
+    """
     mean, std = statistics
     kinds = {"raw": raw, "normalised": (raw - mean) / std, "sigmoid": torch.sigmoid(raw)}
-    scores, rule = kinds[ppo.score.kind], ppo.missing_eos
-    cut = ~torch.tensor(ended, device=raw.device)
+    scores, rule = combine(kinds[ppo.score.kind]), ppo.missing_eos
+    cut = ~torch.tensor(ended, device=scores.device)
     if rule.mode == "replace":
         scores = torch.where(cut, rule.value, scores)
     elif rule.mode == "subtract":

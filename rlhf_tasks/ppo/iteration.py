@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rlhf_tasks.data.batching import TokenRow
-from rlhf_tasks.ppo.experience import Episodes, Experience, make_experience
+from rlhf_tasks.ppo.experience import Episodes, Experience, ScoreFunction, make_experience
 from rlhf_tasks.ppo.functional import (
     AdaptiveKL,
     FixedKL,
@@ -51,6 +51,7 @@ class Fixed:
     prompts: Sequence[TokenRow]
     sampling: Sampling
     score_statistics: tuple[float, float]
+    score_function: ScoreFunction = field(default_factory=ScoreFunction)
 
 
 def iterate(state: PPOState, fixed: Fixed, ppo: config.PPO, seed: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -77,6 +78,7 @@ def iterate(state: PPOState, fixed: Fixed, ppo: config.PPO, seed: int) -> tuple[
         ppo=ppo,
         temperature=fixed.sampling.temperature,
         score_statistics=fixed.score_statistics,
+        score_function=fixed.score_function,
         pad_id=fixed.sampling.pad_id,
     )
     clock.lap("experience")
