@@ -16,6 +16,121 @@ from rlhf_tasks.closure import SOURCE_ROOT
 from rlhf_tasks.config import Params, load_params, parse_assignments, set_params
 from rlhf_tasks.engine import alone, check_sources, state_folder
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.presets import PRESETS, preset_values
+from rlhf_tasks.stages import STAGES, Stage, stages_between
+
+STAGE_NAMES = ", ".join(STAGES)
+
+app = typer.Typer(
+    name="rlhf",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=f"""
+From human feedback to a registered, PPO-tuned model: {" → ".join(STAGES)}.
+
+What runs is what `params.yaml` says. Finished work is found again by its content: a second `rlhf run` trains nothing,
+a changed parameter runs what depends on it, and a run that was killed goes on where it was.
+
+* `rlhf run`: everything that is out of date
+* `rlhf run --set ppo.kl.coef=0.2`: change a parameter in params.yaml, then the same
+* `rlhf run --refresh`: do it all again, and see whether it comes out the same
+* `rlhf run --from ppo --until evaluate`: only these stages, on what the earlier ones left
+* `rlhf preset trl`: write another convention of PPO into params.yaml
+* `rlhf status`: what is done, what is out of date, why
+* `rlhf doctor`: is anything wrong with the configuration or the checkpoints?
+* `dvc repro`: the same work through DVC; `mlflow ui`: every run's curves and the registered models
+""",
+)
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Write a parameter into params.yaml first, e.g. ppo.kl.coef=0.2."),
+]
+
+
+@app.command()
+def run(
+    start: Annotated[str, typer.Option("--from", metavar="STAGE", help=f"First stage: {STAGE_NAMES}.")] = "prepare",
+    until: Annotated[str, typer.Option(metavar="STAGE", help="Last stage.")] = "register",
+    set_: Set = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Do it all again, whatever is stored.")] = False,
+) -> None:
+    """Run the pipeline: every stage that is out of date, and nothing else."""
+    root = Path.cwd()
+    stages = stages_between(start, until)
+    params = _params(root, stages, set_ or [])
+    environment.configure_prefect(state_folder(root))
+    run_here(root, start, until, refresh=refresh)
+    from flows.console import say_report
+    from rlhf_tasks.report import make_report
+
+    if until in ("evaluate", "register"):
+        say_report(make_report(root, params.evaluate.examples, until))
+
+
+@app.command()
+def stage(name: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {STAGE_NAMES}.")]) -> None:
+    """Run one stage, on what the earlier ones left. This is what `dvc repro` calls."""
+    root = Path.cwd()
+    _params(root, stages_between(name, name), [])
+    environment.configure_prefect(state_folder(root))
+    run_here(root, name, name, refresh=forced_by_dvc())
+
+
+@app.command()
+def preset(name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(PRESETS)}.")]) -> None:
+    """Write a known convention of PPO into params.yaml (docs/presets.md), and say what changed."""
+    _write(Path.cwd(), preset_values(name), [])
+
+
+@app.command()
+def status() -> None:
+    """Say of every stage whether its result is there, and what it waits for."""
+    root = Path.cwd()
+    params = load_params(root / "params.yaml")
+    from flows.status import say_status
+
+    say_status(root, params)
+
+
+@app.command()
+def doctor() -> None:
+    """Check params.yaml and the checkpoints before hours are spent: a line each, ok or what to change; then exit 1."""
+    root = Path.cwd()
+    params = load_params(root / "params.yaml")
+    from flows.console import say_finding
+    from rlhf_tasks.doctor import examine
+
+    findings = []
+    for finding in examine(root, params):
+        say_finding(finding)
+        findings.append(finding)
+    sys.exit(1 if any(finding.ok is False for finding in findings) else 0)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence and exit status 2, Ctrl-C is 130."""
+    _run_this_checkout()
+    try:
+        app(prog_name="rlhf")
+    except UserError as error:
+        print(f"rlhf: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, Stopped):
+        print("rlhf: stopped; what is finished is kept, `rlhf run` goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run_this_checkout() -> None:
+    """Run the code of the checkout that one stands in: a second clone, say, or a DVC experiment."""
+    here = Path.cwd()
+    if (here / "rlhf_tasks").is_dir() and not here.samefile(SOURCE_ROOT) and not sys.flags.safe_path:
+        os.execv(sys.executable, [sys.executable, "-m", "flows.cli", *sys.argv[1:]])
+
+
 def _params(root: Path, stages: list[Stage], assignments: list[str]) -> Params:
     """Check params.yaml before anything slow is imported, and write the assignments into it if it is then right."""
     if assignments:

@@ -7,13 +7,16 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.report import Report
 
 if TYPE_CHECKING:
+    from rlhf_tasks.doctor import Finding
     from rlhf_tasks.registry import Settled
 
 console = Console(highlight=False)
@@ -87,7 +90,7 @@ def say_report(report: Report) -> None:
         for i, name in enumerate(columns):
             table.add_column(name, justify="left" if i == 0 or report.is_text(title) else "right", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # as it is: a sample may hold what looks like markup
         console.print()
         console.print(table)
     console.print()
@@ -112,3 +115,9 @@ class _Quiet(logging.Filter):
         return not any(
             words in message for words in ("Finished in state", "Execution was aborted by", "Still processing")
         )
+
+
+def say_finding(finding: Finding) -> None:
+    """Print a line of `rlhf doctor`."""
+    mark = {True: "[green]✓[/green]", False: "[red]✗[/red]", None: "–"}[finding.ok]
+    console.print(f"{mark} {finding.name:15} {escape(finding.text)}", soft_wrap=True)

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from flows.console import console
 from rlhf_tasks import engine, versioning
@@ -32,7 +33,7 @@ def say_status(root: Path, params: Params) -> None:
             state, digest, text = "waits", "", f"for {waiting}"
         elif state != "done":
             waiting = stage.name
-        table.add_row(stage.name, state, digest[:12], text)
+        table.add_row(stage.name, state, digest[:12], Text(text))
     console.print(table)
     if waiting:
         console.print(f"\n`rlhf run` goes on with {waiting}.")

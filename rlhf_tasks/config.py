@@ -223,6 +223,7 @@ class PPO(Section):
     whiten_rewards: bool = False
     whiten_advantages: bool = True
     target_kl: Positive | None = None
+    critic_start: Literal["reward", "sft"] = "reward"
     critic_warmup: Annotated[int, Field(ge=0)] = 0
     kl: KL = KL()
     score: Score = Score()

@@ -75,10 +75,15 @@ def run(
     answers = {}
     for done, (name, model) in enumerate(models.items()):
         progress(done=done, total=len(models))
-        answers[name] = answer(model, questions, scorer, tokenizer, generation, evaluate.judge, seed)
+        episodes = answer(model, questions, tokenizer, generation, seed)
+        answers[name] = measure(episodes, scorer, tokenizer, evaluate.judge)
     kl = sequence_kl(models["actor"], models["sft"], answers["actor"].episodes, tokenizer, generation.temperature)
     _, score_std = load_score_statistics(reward)
     metrics = compare(answers["sft"], answers["actor"], kl, score_std, evaluate.bootstrap, seed)
+    cut = cut_to_equal_length(answers["sft"].episodes, answers["actor"].episodes)
+    sft_cut, actor_cut = (measure(episodes, scorer, tokenizer, evaluate.judge) for episodes in cut)
+    equal = gains(sft_cut, actor_cut, score_std, evaluate.bootstrap, seed)
+    metrics |= {f"equal_length_{name}": value for name, value in equal.items()}
     if score := load_reward_function(reward_function, tokenizer):
         own = {name: score(questions, a.episodes.responses).double().numpy() for name, a in answers.items()}
         metrics |= {f"{name}_function": float(values.mean()) for name, values in own.items()}
@@ -101,29 +106,40 @@ def heldout_prompts(prompts: Path, count: int, seed: int) -> list[list[int]]:
 
 
 def answer(
-    model: Any,
-    questions: list[list[int]],
-    scorer: Any,
-    tokenizer: Any,
-    generation: config.Generation,
-    judge: str | None,
-    seed: int,
-) -> Answers:
-    """Sample one response to each prompt, with the same draws for every model, and measure it."""
+    model: Any, questions: list[list[int]], tokenizer: Any, generation: config.Generation, seed: int
+) -> Episodes:
+    """Sample one response to each prompt, with the same draws for every model."""
     sampling = Sampling.of(generation, stop_ids(model, tokenizer, generation.stop), tokenizer.pad_token_id)
     responses: list[list[int]] = []
     for start in range(0, len(questions), ROLLOUT_ROWS):
         chunk = questions[start : start + ROLLOUT_ROWS]
         responses += sample_responses(model, chunk, sampling, (seed, "evaluate", "sampling", start))
-    rows = [[*q, *r] for q, r in zip(questions, responses, strict=True)]
+    return Episodes(questions, responses, ended(responses, sampling.stop_ids))
+
+
+def measure(episodes: Episodes, scorer: Any, tokenizer: Any, judge: str | None) -> Answers:
+    """Score the responses with the Reward, and the whole texts with the judge."""
+    rows = [[*prompt, *response] for prompt, response in zip(episodes.prompts, episodes.responses, strict=True)]
     device, scores = next(scorer.parameters()).device, np.zeros(len(rows))
     with torch.no_grad():
         for batch in length_batches([len(row) for row in rows], BATCH_TOKENS):
             scores[batch] = score_texts(scorer, [rows[i] for i in batch], tokenizer.pad_token_id, device).cpu().numpy()
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     judged = np.array([vader(text) for text in texts]) if judge == "vader" else None
-    episodes = Episodes(questions, responses, ended(responses, sampling.stop_ids))
-    return Answers(episodes, texts, scores, judged, np.array([len(r) for r in responses], dtype=float))
+    return Answers(episodes, texts, scores, judged, np.array([len(r) for r in episodes.responses], dtype=float))
+
+
+def cut_to_equal_length(one: Episodes, other: Episodes) -> tuple[Episodes, Episodes]:
+    """Both models' responses, each cut to the shorter of the two to its prompt: what is gained then is not length."""
+    lengths = [min(len(a), len(b)) for a, b in zip(one.responses, other.responses, strict=True)]
+    return tuple(  # type: ignore[return-value]
+        Episodes(
+            side.prompts,
+            [response[:n] for response, n in zip(side.responses, lengths, strict=True)],
+            [end and len(response) == n for end, response, n in zip(side.ended, side.responses, lengths, strict=True)],
+        )
+        for side in (one, other)
+    )
 
 
 @torch.no_grad()
@@ -160,14 +176,20 @@ def compare(
         }
         if answers.judged is not None:
             metrics[f"{name}_judge"] = float(answers.judged.mean())
-    gain = (actor.scores - sft.scores) / score_std
-    metrics |= interval("score_gain", gain, resamples, seed)
-    metrics["win_rate"] = float(np.mean(gain > 0) + np.mean(gain == 0) / 2)
-    if sft.judged is not None and actor.judged is not None:
-        metrics |= interval("judge_gain", actor.judged - sft.judged, resamples, seed)
+    metrics |= gains(sft, actor, score_std, resamples, seed)
+    better, same = actor.scores > sft.scores, actor.scores == sft.scores
+    metrics["win_rate"] = float(np.mean(better) + np.mean(same) / 2)
     metrics |= interval("kl_sequence", kl, resamples, seed)
     metrics["length_ratio"] = metrics["actor_length"] / metrics["sft_length"]
     return metrics
+
+
+def gains(sft: Answers, actor: Answers, score_std: float, resamples: int, seed: int) -> dict[str, float]:
+    """What the Actor gains by the Reward, in standard deviations, and by the judge, each with its interval."""
+    found = interval("score_gain", (actor.scores - sft.scores) / score_std, resamples, seed)
+    if sft.judged is not None and actor.judged is not None:
+        found |= interval("judge_gain", actor.judged - sft.judged, resamples, seed)
+    return found
 
 
 def interval(name: str, values: np.ndarray, resamples: int, seed: int) -> dict[str, float]:

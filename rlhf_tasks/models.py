@@ -74,12 +74,12 @@ def load_scorer(folder: Path, device: torch.device) -> Any:
     return _load(AutoModelForSequenceClassification, folder, num_labels=1).to(device).eval()
 
 
-def new_reward(sft: Path, tokenizer: Any, seed: int, device: torch.device) -> Any:
-    """The SFT model's trunk with a new scalar head."""
+def new_scorer(sft: Path, tokenizer: Any, seed: int, purpose: str, device: torch.device) -> Any:
+    """The SFT model's trunk with a new scalar head, drawn for the `purpose`: "reward" or "critic"."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "reward", "weights"))
-        reward = _load(AutoModelForSequenceClassification, sft, num_labels=1)
-    return _ready(reward, tokenizer).to(device)
+        torch.manual_seed(derive_seed(seed, purpose, "weights"))
+        scorer = _load(AutoModelForSequenceClassification, sft, num_labels=1)
+    return _ready(scorer, tokenizer).to(device)
 
 
 def freeze(model: Any) -> Any:

@@ -22,6 +22,7 @@ from rlhf_tasks.models import (
     load_score_statistics,
     load_scorer,
     load_tokenizer,
+    new_scorer,
     save_model,
     set_up_torch,
     stop_ids,
@@ -68,7 +69,12 @@ class Trainer:
         warn_of_bias(generation, ppo)
         device, tokenizer = set_up_torch(runtime), load_tokenizer(sft)
         actor = load_actor(parent / "actor" if parent else sft, device)
-        critic = load_scorer(parent / "critic" if parent else reward, device)
+        if parent:
+            critic = load_scorer(parent / "critic", device)
+        elif ppo.critic_start == "reward":
+            critic = load_scorer(reward, device)
+        else:
+            critic = new_scorer(sft, tokenizer, seed, "critic", device)
         state = PPOState(
             actor=Learner(actor, adamw(actor.parameters(), ppo.actor_learning_rate)),
             critic=Learner(critic, adamw(critic.parameters(), ppo.critic_learning_rate)),

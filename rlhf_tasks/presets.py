@@ -62,7 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(name: str) -> dict[str, Any]:
+def preset_values(name: str) -> dict[str, Any]:
     """The values of a preset, by dotted key.
 
     Raises:

@@ -80,6 +80,9 @@ def _evaluation_table(m: dict[str, Any]) -> Table:
         rows.append(["reward function", *own, gain("function_gain")])
     if "judge_gain" in m:
         rows.append(["VADER of the whole text", f"{m['sft_judge']:.3f}", f"{m['actor_judge']:.3f}", gain("judge_gain")])
+    for name, text, unit in (("score", "score", " sd"), ("judge", "VADER", "")):
+        if f"equal_length_{name}_gain" in m:
+            rows.append([f"{text}, both cut to one length", "", "", gain(f"equal_length_{name}_gain") + unit])
     rows += [
         ["KL to SFT, nats a response", "0", f"{m['kl_sequence']:.2f}", ""],
         ["response length, tokens", f"{m['sft_length']:.1f}", f"{m['actor_length']:.1f}", f"x {m['length_ratio']:.2f}"],

@@ -21,7 +21,7 @@ from rlhf_tasks.models import (
     SCORE_STATISTICS,
     load_actor,
     load_tokenizer,
-    new_reward,
+    new_scorer,
     save_model,
     set_up_torch,
     stop_ids,
@@ -70,7 +70,7 @@ def run(
     """
     device = set_up_torch(runtime)
     tokenizer = load_tokenizer(sft)
-    model = new_reward(sft, tokenizer, seed, device)
+    model = new_scorer(sft, tokenizer, seed, "reward", device)
     train, heldout = (Pairs(pairs / f"{split}.arrow", tokenizer.pad_token_id) for split in ("train", "heldout"))
 
     def loss_of(batch: list[int]) -> BatchLoss:

@@ -8,6 +8,7 @@ import gzip
 import itertools
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from rlhf_tasks import config, engine
 from rlhf_tasks.config import load_params, parse_assignments, set_params
 from rlhf_tasks.data.encoding import train_tokenizer
 from rlhf_tasks.engine import Workspace
-from rlhf_tasks.models import SCORE_STATISTICS, load_actor, load_scorer, new_actor, new_reward, save_model
+from rlhf_tasks.models import SCORE_STATISTICS, load_actor, load_scorer, new_actor, new_scorer, save_model
 from rlhf_tasks.ppo.experience import Episodes
 from rlhf_tasks.stages import STAGES
 from rlhf_tasks.store import Entry
@@ -93,7 +94,7 @@ def tiny_actor(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
 def tiny_scorer(tiny_actor: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of a Reward with the trunk of `tiny_actor`, and score statistics."""
     folder = tmp_path_factory.mktemp("tiny-scorer")
-    model = new_reward(tiny_actor, tokenizer, 0, CPU)
+    model = new_scorer(tiny_actor, tokenizer, 0, "reward", CPU)
     with torch.no_grad():
         model.score.weight.mul_(10)
     save_model(model, folder, tokenizer)
@@ -148,6 +149,12 @@ def rollout() -> Episodes:
     prompts = [tokens(1 + i % 5) for i in range(12)]
     responses = [[*tokens(i * 5 % 7), 1] if i % 4 else tokens(7) for i in range(12)]
     return Episodes(prompts, responses, [response[-1] == 1 for response in responses])
+
+
+def pytest_configure() -> None:
+    """Programs under test get Ctrl-C as in a terminal, also where the tests themselves were started with `nohup … &`."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ def run(finished: Any, out: Path, *, actor: str = "checkpoints/actor", **setting
         seed=0,
         runtime=params.runtime,
         generation=params.generation,
+        reward_function=params.reward_function,
         evaluate=params.evaluate.model_copy(update=settings),
         prompts=root / "data/prepared/prompts",
         sft=root / "checkpoints/sft",
@@ -127,6 +128,20 @@ def test_the_stage_leaves_metrics_and_every_sample(finished: Any, tmp_path: Path
     for row in rows:  # VADER reads the whole text, opening and continuation
         assert row["actor_judge"] == vader(row["prompt"] + row["actor"])
     assert run(finished, tmp_path / "again") == metrics
+
+
+def test_gains_at_equal_length_are_of_texts_cut_alike(finished: Any, tmp_path: Path) -> None:
+    """An Actor that says what SFT says and goes on has gained nothing; ends that are cut off count no more."""
+    short = Episodes([[5], [6]], [[7, 1], [8, 9, 9]], [True, False])
+    long = Episodes([[5], [6]], [[7, 1], [8, 9, 9, 9, 1]], [True, True])
+    one, other = evaluate.cut_to_equal_length(short, long)
+    assert one == other == Episodes([[5], [6]], [[7, 1], [8, 9, 9]], [True, False])
+    assert evaluate.cut_to_equal_length(long, short) == (one, one)
+    metrics = run(finished, tmp_path / "out")
+    assert metrics["equal_length_score_gain_low"] <= metrics["equal_length_score_gain"]
+    assert metrics["equal_length_score_gain"] != metrics["score_gain"]
+    same = run(finished, tmp_path / "same", actor="checkpoints/sft")
+    assert same["equal_length_score_gain"] == same["equal_length_judge_gain"] == 0
 
 
 def test_a_judge_may_be_switched_off(finished: Any, tmp_path: Path) -> None:

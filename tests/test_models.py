@@ -20,7 +20,7 @@ from rlhf_tasks.models import (
     load_scorer,
     load_tokenizer,
     new_actor,
-    new_reward,
+    new_scorer,
     position_ids,
     response_logits,
     save_model,
@@ -71,7 +71,7 @@ def test_response_logits_do_not_depend_on_the_rest_of_the_batch(architecture: Pa
 @torch.no_grad()
 @pytest.mark.parametrize("left", [False, True])
 def test_token_scores_do_not_depend_on_padding(architecture: Path, tokenizer: Any, left: bool) -> None:
-    scorer = new_reward(architecture, tokenizer, 0, CPU)
+    scorer = new_scorer(architecture, tokenizer, 0, "reward", CPU)
     ids, mask = pad_rows(RESPONSES, 0, left=left)
     together = token_scores(scorer, ids, mask)
     assert together.shape == ids.shape
@@ -98,7 +98,7 @@ def test_new_models_belong_to_their_seed_and_leave_the_generator_alone(tokenizer
     undisturbed = torch.rand(3)
     torch.manual_seed(5)
     actors = [new_actor(config.Model(scratch=SCRATCH), tokenizer, seed).state_dict() for seed in (0, 0, 1)]
-    heads = [new_reward(tiny_actor, tokenizer, seed, CPU).score.weight for seed in (0, 0, 1)]
+    heads = [new_scorer(tiny_actor, tokenizer, seed, "reward", CPU).score.weight for seed in (0, 0, 1)]
     assert torch.equal(torch.rand(3), undisturbed)
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(actors[0][name], actors[1][name])
@@ -118,7 +118,7 @@ def test_a_new_actor_is_as_configured(tokenizer: Any) -> None:
 
 
 def test_a_reward_has_the_trunk_of_sft(tokenizer: Any, tiny_actor: Path) -> None:
-    actor, reward = load_actor(tiny_actor, CPU), new_reward(tiny_actor, tokenizer, 0, CPU)
+    actor, reward = load_actor(tiny_actor, CPU), new_scorer(tiny_actor, tokenizer, 0, "reward", CPU)
     assert all(torch.equal(reward.model.state_dict()[name], x) for name, x in actor.model.state_dict().items())
     assert reward.score.weight.shape == (1, 32)
 

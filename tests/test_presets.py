@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from rlhf_tasks.config import flatten, load_params, set_params
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.presets import PRESETS, preset
+from rlhf_tasks.presets import PRESETS, preset_values
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -21,7 +21,7 @@ def test_a_preset_is_written_and_valid(tmp_path: Path, name: str) -> None:
     path = tmp_path / "params.yaml"
     shutil.copyfile(REPOSITORY / "params.yaml", path)
     before = flatten(load_params(path))
-    set_params(path, preset(name))
+    set_params(path, preset_values(name))
     after = flatten(load_params(path))
     assert {key: after[key] for key in PRESETS[name]} == PRESETS[name]
     assert {key for key in after if after[key] != before[key]} <= set(PRESETS[name])
@@ -42,4 +42,4 @@ def test_the_table_is_what_the_code_does() -> None:
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(UserError, match="ziegler2019, tldr, trl"):
-        preset("tlr")
+        preset_values("tlr")

@@ -100,8 +100,8 @@ def make_experience(
     ppo: config.PPO,
     temperature: float,
     score_statistics: tuple[float, float],
-    score_function: ScoreFunction,
     pad_id: int,
+    score_function: ScoreFunction = ScoreFunction(),
 ) -> tuple[Experience, Tensor]:
     """Turn episodes into experience. Returns it and the Reward's raw scores `[B]`."""
 

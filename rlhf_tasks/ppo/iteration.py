@@ -140,11 +140,14 @@ def rollout_metrics(episodes: Episodes, experience: Experience, raw_scores: Tens
     kl = torch.where(mask.bool(), x.old_logprobs - x.ref_logprobs, 0.0)
     counted = mask.bool()
     lengths = mask.sum(1).float()
+    stopped = torch.tensor(episodes.ended).float().mean()
     raw = x.raw_advantages[counted]
     total_reward = torch.where(counted, x.rewards, 0.0).sum(1)
     numbers = {
         "objective/score": raw_scores.mean(),
         "objective/score_std": raw_scores.std(unbiased=False),
+        "objective/score_min": raw_scores.min(),
+        "objective/score_max": raw_scores.max(),
         "objective/shaped_score": x.scores.mean(),
         "objective/kl": kl.sum(1).mean(),
         "objective/kl_per_token": masked_mean(kl, mask),
@@ -163,7 +166,10 @@ def rollout_metrics(episodes: Episodes, experience: Experience, raw_scores: Tens
         "value/return_std": masked_var(x.returns, mask, unbiased=False).sqrt(),
         "response/length": lengths.mean(),
         "response/length_std": lengths.std(unbiased=False),
-        "response/eos_rate": torch.tensor(episodes.ended).float().mean(),
+        "response/length_min": lengths.min(),
+        "response/length_max": lengths.max(),
+        "response/eos_rate": stopped,
+        "response/truncation_rate": 1 - stopped,
         "response/distinct_bigrams": torch.tensor(distinct_bigrams(episodes.responses)),
     }
     return {name: float(number) for name, number in numbers.items()} | {"objective/kl_coef": kl_coef}

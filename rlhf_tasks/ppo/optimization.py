@@ -68,11 +68,11 @@ def optimize(
         order = permutation(len(episodes.responses), *seed_names, "minibatches", epoch)
         approx_kl, epoch_tokens = 0.0, 0.0
         for rows in (order[i :: ppo.minibatches] for i in range(ppo.minibatches)):
-            count = experience.mask[rows].sum()
-            measured = _minibatch(
-                rows, episodes, experience, actor, critic, ppo, temperature, update_actor, pad_id, count
-            )
-            weight = count.item()
+            measured = gradients(rows, episodes, experience, actor, critic, ppo, temperature, update_actor, pad_id)
+            if update_actor:
+                measured["policy/grad_norm"] = actor.step(ppo.max_grad_norm)
+            measured["value/grad_norm"] = critic.step(ppo.max_grad_norm)
+            weight = experience.mask[rows].sum().item()
             add_to(totals, {name: value * weight for name, value in measured.items()})
             approx_kl += measured.get("policy/approx_kl", 0.0) * weight
             epoch_tokens += weight
@@ -82,7 +82,7 @@ def optimize(
     return {name: total / tokens for name, total in totals.items()} | {"policy/epochs": float(epochs)}
 
 
-def _minibatch(
+def gradients(
     rows: list[int],
     episodes: Episodes,
     experience: Experience,
@@ -92,10 +92,13 @@ def _minibatch(
     temperature: float,
     update_actor: bool,
     pad_id: int,
-    count: Tensor,
 ) -> dict[str, float]:
-    """One optimizer step of each model. Losses are divided by the minibatch's tokens: its cut changes nothing."""
+    """Add a minibatch's gradients to both models', micro-batch by micro-batch. Returns its statistics.
+
+    Losses are divided by the *minibatch's* tokens, so how it is cut changes no gradient.
+    """
     measured: dict[str, float] = defaultdict(float)
+    count = experience.mask[rows].sum()
     for micro in length_batches([episodes.lengths[row] for row in rows], ppo.micro_batch_tokens):
         picked = [rows[i] for i in micro]
         batch = episodes.batch(picked, pad_id, experience.mask.device)
@@ -103,9 +106,6 @@ def _minibatch(
         if update_actor:
             add_to(measured, _actor_gradient(actor.model, batch, part, ppo, temperature, count))
         add_to(measured, _critic_gradient(critic.model, batch, part, ppo, count))
-    if update_actor:
-        measured["policy/grad_norm"] = actor.step(ppo.max_grad_norm)
-    measured["value/grad_norm"] = critic.step(ppo.max_grad_norm)
     return dict(measured)
 
 
