@@ -152,7 +152,7 @@ def rollout() -> Episodes:
 
 
 def pytest_configure() -> None:
-    """Programs under test get Ctrl-C as in a terminal, also where the tests themselves were started with `nohup … &`."""
+    """Programs under test get Ctrl-C as in a terminal, also where the tests were started by `nohup … &`."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

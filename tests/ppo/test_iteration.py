@@ -218,6 +218,8 @@ def test_rollout_metrics_are_their_formulas() -> None:
         {
             "objective/score": 3.0,
             "objective/score_std": 1.0,
+            "objective/score_min": 2.0,
+            "objective/score_max": 4.0,
             "objective/shaped_score": 0.25,
             "objective/kl": 0.25,  # (0.5 + 0.5) and -0.5
             "objective/kl_per_token": 0.5 / 3,
@@ -237,7 +239,10 @@ def test_rollout_metrics_are_their_formulas() -> None:
             "value/return_std": (14 / 3) ** 0.5,
             "response/length": 1.5,
             "response/length_std": 0.5,
+            "response/length_min": 1.0,
+            "response/length_max": 2.0,
             "response/eos_rate": 0.5,
+            "response/truncation_rate": 0.5,
             "response/distinct_bigrams": 1.0,
         },
         abs=1e-6,

@@ -1,0 +1,168 @@
+"""The doctor finds nothing in a healthy project, and each disease by its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlhf_tasks import doctor
+from rlhf_tasks.config import load_params, parse_assignments, set_params
+from rlhf_tasks.doctor import FirstBatch, examine
+from rlhf_tasks.engine import Workspace
+
+FEW = {"evaluation"}  # the small project answers 16 prompts, which the doctor minds
+
+
+def ill(root: Path, *assignments: str) -> dict[str, str]:
+    """What is found wrong: name and text."""
+    set_params(root / "params.yaml", parse_assignments(list(assignments)))
+    findings = list(examine(root, load_params(root / "params.yaml")))
+    assert len({finding.name for finding in findings}) == len(findings)
+    return {finding.name: finding.text for finding in findings if not finding.ok}
+
+
+def test_a_healthy_project(finished: Any, finished_copy: Workspace) -> None:
+    findings = {f.name: f for f in examine(finished_copy.root, finished.workspace.params)}
+    assert {name for name, f in findings.items() if not f.ok} <= FEW | {"reward sign"}  # which learns for a second
+    assert {"pad and EOS", "one tokenizer", "dropout", "rollout", "first step", "reward sign"} <= set(findings)
+    assert findings["one tokenizer"].text == "the same in sft, reward, actor, critic"
+
+
+def test_before_anything_ran_it_says_what_waits(workspace: Callable[..., Workspace]) -> None:
+    new = workspace()
+    found = {f.name: f.ok for f in examine(new.root, new.params)}
+    assert found["tokenizer"] is found["models"] is None
+    assert found["sampling"] is found["KL estimator"] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "assignment", "said"),
+    [
+        ("sampling", "generation.top_k=5", "generation.top_k"),
+        ("KL estimator", "ppo.kl.estimator=k2", "k2 in the reward is not the KL's"),
+        ("KL coefficient", "ppo.kl.coef=0", "nothing holds the Actor"),
+        ("device", "runtime.threads=4096", "this process has"),
+        ("evaluation", "evaluate.prompts=100000", "held-out prompts"),
+        ("template", "data.template=chat", "no chat template"),
+        ("lengths", "data.max_response_tokens=5000", "positions"),
+        ("prompts", "ppo.batch=5000", "prompts"),
+        ("device", "runtime.device=cuda", "no GPU"),
+    ],
+)
+def test_settings_to_change(finished_copy: Workspace, name: str, assignment: str, said: str) -> None:
+    if assignment == "runtime.device=cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    set_params(finished_copy.root / "params.yaml", parse_assignments([assignment]))
+    findings = examine(finished_copy.root, load_params(finished_copy.root / "params.yaml"))
+    assert said in next(finding.text for finding in findings if finding.name == name and finding.ok is False)
+
+
+def test_pad_that_is_eos(finished_copy: Workspace) -> None:
+    for path in (finished_copy.root / "checkpoints").glob("*/tokenizer_config.json"):
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps(settings | {"pad_token": settings["eos_token"]}))
+    assert "with one token for both" in ill(finished_copy.root)["pad and EOS"]
+
+
+def test_another_tokenizer(finished_copy: Workspace) -> None:
+    path = finished_copy.root / "checkpoints/reward/tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": "{{ messages }}"}))
+    assert "checkpoints/reward has another tokenizer than sft" in ill(finished_copy.root)["one tokenizer"]
+
+
+@pytest.mark.parametrize(("right", "said"), [(1.0, None), (0.5, "no better than chance"), (0.0, "are swapped")])
+def test_the_sign_of_the_reward(
+    finished: Any, first: FirstBatch, monkeypatch: pytest.MonkeyPatch, right: float, said: str | None
+) -> None:
+    """A Reward that prefers what people chose in this share of the pairs."""
+
+    def scores(self: Any, model: Any, rows: list[int], device: torch.device) -> tuple[Any, Any]:
+        agrees = torch.arange(len(rows)) < right * len(rows)
+        return agrees.float(), (~agrees).float()
+
+    monkeypatch.setattr(doctor.Pairs, "scores", scores)
+    finding = doctor._reward_sign(finished.workspace.root, first)
+    assert finding.ok is (said is None)
+    assert said is None or said in finding.text
+
+
+def test_the_reward_is_asked_about_real_pairs(finished_copy: Workspace) -> None:
+    path = finished_copy.root / "checkpoints/reward/model.safetensors"
+
+    def agreeing() -> int:
+        batch = FirstBatch.load(finished_copy.root, finished_copy.params)
+        return int(doctor._reward_sign(finished_copy.root, batch).text.split(" in ")[1].split(" of ")[0])
+
+    before, weights = agreeing(), load_file(path)
+    save_file(weights | {"score.weight": -weights["score.weight"]}, path, metadata={"format": "pt"})
+    pairs = doctor.Pairs(finished_copy.root / "data/prepared/pairs/heldout.arrow", 0)
+    assert before + agreeing() == len(pairs.lengths)
+
+
+def test_a_raw_score_of_an_odd_scale(finished_copy: Workspace) -> None:
+    path = finished_copy.root / "checkpoints/reward/score_statistics.json"
+    path.write_text(json.dumps({"mean": 40.0, "std": 0.01, "samples": 16}))
+    assert "set ppo.score.kind to normalised" in ill(finished_copy.root, "ppo.score.kind=raw")["reward scale"]
+    assert "reward scale" not in ill(finished_copy.root, "ppo.score.kind=normalised")
+
+
+def test_a_reward_function_that_says_nothing(finished_copy: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    (finished_copy.root / "says_nothing.py").write_text("def score(prompts, responses): return [1.0] * len(prompts)\n")
+    monkeypatch.chdir(finished_copy.root)
+    monkeypatch.syspath_prepend(str(finished_copy.root))
+    found = ill(finished_copy.root, "reward_function.name=says_nothing:score")
+    assert "the same for all" in found["reward function"]
+
+
+# Models that are not what they were ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def first(finished: Any) -> FirstBatch:
+    return FirstBatch.load(finished.workspace.root, finished.workspace.params)
+
+
+@torch.no_grad()
+def disturb(model: Any) -> None:
+    for weight in model.parameters():
+        weight.mul_(1.01)
+
+
+def test_dropout_that_is_on(first: FirstBatch) -> None:
+    assert doctor._dropout(first).ok
+    first.actor.train()
+    assert not doctor._dropout(first).ok
+
+
+@pytest.mark.parametrize("check", ["_decoding", "_padding", "_first_step"])
+def test_an_actor_that_is_not_the_one_that_sampled(first: FirstBatch, check: str) -> None:
+    assert getattr(doctor, check)(first).ok
+    disturb(first.actor)
+    assert not getattr(doctor, check)(first).ok
+
+
+def test_values_that_see_more_than_they_should(first: FirstBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._value_and_action(first).ok
+    values = doctor.response_values
+    monkeypatch.setattr(doctor, "response_values", lambda critic, batch: values(critic, batch).roll(-1, 1))
+    assert not doctor._value_and_action(first).ok
+
+
+def test_rewards_that_do_not_add_up(first: FirstBatch) -> None:
+    assert doctor._reward_sum(first).ok
+    twice = replace(first, experience=replace(first.experience, rewards=2 * first.experience.rewards))
+    assert not doctor._reward_sum(twice).ok
+
+
+def test_a_gradient_that_depends_on_its_cut(first: FirstBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._micro_batches(first).ok
+    real = doctor._actor_gradient
+    monkeypatch.setattr(doctor, "_actor_gradient", lambda batch, tokens: real(batch, tokens) * (1 if tokens > 1 else 2))
+    assert not doctor._micro_batches(first).ok
