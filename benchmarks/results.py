@@ -1,0 +1,268 @@
+"""What the shipped configuration learns: three seeds, simple baselines, ablations. Writes docs/results.md.
+
+    git clone . ../results && python benchmarks/results.py ../results
+
+Runs `rlhf run --until evaluate` in that clone, where what is finished is found again: a script that was stopped goes
+on. About 50 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from scipy.sparse import vstack
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from rlhf_tasks.config import Params, load_params
+from rlhf_tasks.data.tables import TokenColumn, read_table
+from rlhf_tasks.evaluate import Answers, answer, gains, heldout_prompts, measure, vader
+from rlhf_tasks.models import load_actor, load_score_statistics, load_scorer, load_tokenizer, set_up_torch
+from rlhf_tasks.ppo.experience import Episodes
+from rlhf_tasks.reward import wilson_interval
+from rlhf_tasks.seeds import derive_seed
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SEEDS = (0, 1, 2)
+BEST_OF = (4, 16)
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "β = 0": {"ppo.kl.coef": 0.0},
+    "no margin in the Reward's loss": {"reward.margin_scale": 0.0},
+    "advantages not whitened": {"ppo.whiten_advantages": "false"},
+    "Critic starts from SFT, not from Reward": {"ppo.critic_start": "sft"},
+    "cut answers keep their score": {"ppo.missing_eos.mode": "keep"},
+}
+
+Metrics = dict[str, dict[str, Any]]
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def run(clone: Path, settings: Mapping[str, Any]) -> Metrics:
+    """The metrics, by stage, of a run with the shipped parameters but for `settings`."""
+    subprocess.run(["git", "checkout", "-q", "params.yaml"], cwd=clone, check=True)
+    changes = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    print("rlhf run", *changes, flush=True)
+    subprocess.run(["rlhf", "run", "--until", "evaluate", *changes], cwd=clone, check=True)
+    return {stage: json.loads((clone / f"metrics/{stage}.json").read_text()) for stage in ("reward", "evaluate")}
+
+
+# Baselines -----------------------------------------------------------------------------------------------------------
+
+
+class Texts:
+    """The preference pairs of a split, as texts."""
+
+    def __init__(self, clone: Path, split: str, tokenizer: Any) -> None:
+        table = read_table(clone / f"data/prepared/pairs/{split}.arrow")
+        columns = (TokenColumn(table, f"input_ids_{side}") for side in ("chosen", "rejected"))
+        self.chosen, self.rejected = (
+            tokenizer.batch_decode([row.tolist() for row in column], skip_special_tokens=True) for column in columns
+        )
+
+
+def agreement(gaps: np.ndarray) -> float:
+    """How often chosen is above rejected, ties half."""
+    return float(np.mean(gaps > 0) + np.mean(gaps == 0) / 2)
+
+
+def vader_accuracy(heldout: Texts) -> tuple[float, tuple[float, float]]:
+    """How often VADER prefers what people prefer, with its 95 % interval."""
+    gaps = np.array([vader(a) - vader(b) for a, b in zip(heldout.chosen, heldout.rejected, strict=True)])
+    share = agreement(gaps)
+    return share, wilson_interval(share * len(gaps), len(gaps))
+
+
+def bag_of_words_accuracy(train: Texts, heldout: Texts) -> float:
+    """Bradley-Terry on which words and word pairs are there: logistic regression on the two texts' difference."""
+    counter = CountVectorizer(binary=True, ngram_range=(1, 2), min_df=2).fit([*train.chosen, *train.rejected])
+
+    def difference(texts: Texts) -> Any:
+        return counter.transform(texts.chosen).astype(float) - counter.transform(texts.rejected)
+
+    x = difference(train)
+    labels = np.repeat([1, 0], x.shape[0])
+    model = LogisticRegression(C=0.1, fit_intercept=False, max_iter=1000).fit(vstack([x, -x]), labels)
+    return agreement(model.decision_function(difference(heldout)))
+
+
+def best_of(clone: Path, params: Params) -> dict[int, dict[str, float]]:
+    """SFT's best answer of n by the Reward, against its one answer in the evaluation, on the same prompts."""
+    device, tokenizer = set_up_torch(params.runtime), load_tokenizer(clone / "checkpoints/sft")
+    sft, scorer = load_actor(clone / "checkpoints/sft", device), load_scorer(clone / "checkpoints/reward", device)
+    _, std = load_score_statistics(clone / "checkpoints/reward")
+    prompts = heldout_prompts(clone / "data/prepared/prompts", params.evaluate.prompts, params.seed)
+
+    def try_with(seed: int) -> Answers:
+        return measure(answer(sft, prompts, tokenizer, params.generation, seed), scorer, tokenizer, "vader")
+
+    once = try_with(params.seed)
+    tries = [try_with(derive_seed(params.seed, "results", "best of", i)) for i in range(max(BEST_OF))]
+    found = {}
+    for n in BEST_OF:
+        best = _best(tries[:n])
+        found[n] = gains(once, best, std, params.evaluate.bootstrap, params.seed) | {
+            "kl_bound": float(np.log(n) - (n - 1) / n),
+            "length_ratio": float(best.lengths.mean() / once.lengths.mean()),
+        }
+    return found
+
+
+def _best(tries: list[Answers]) -> Answers:
+    """Of several answers to each prompt the one that the Reward likes most."""
+    picked = list(enumerate(np.stack([t.scores for t in tries]).argmax(axis=0).tolist()))
+    return Answers(
+        Episodes(
+            tries[0].episodes.prompts,
+            [tries[n].episodes.responses[i] for i, n in picked],
+            [tries[n].episodes.ended[i] for i, n in picked],
+        ),
+        [tries[n].texts[i] for i, n in picked],
+        np.array([tries[n].scores[i] for i, n in picked]),
+        np.array([judged[i] for i, n in picked if (judged := tries[n].judged) is not None]),
+        np.array([tries[n].lengths[i] for i, n in picked]),
+    )
+
+
+def baselines(clone: Path) -> dict[str, Any]:
+    """On the pairs and prompts that the clone's last run was measured on."""
+    params, tokenizer = load_params(clone / "params.yaml"), load_tokenizer(clone / "checkpoints/sft")
+    train, heldout = (Texts(clone, split, tokenizer) for split in ("train", "heldout"))
+    return {
+        "vader": vader_accuracy(heldout),
+        "bag_of_words": bag_of_words_accuracy(train, heldout),
+        "best_of": best_of(clone, params),
+    }
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+HEAD = """# Results
+
+What `make run` learns, over seeds that change everything that is drawn: weights, batches, prompts, samples. Written by
+`python benchmarks/results.py` on two CPU cores. 512 held-out prompts, from texts that no model was trained on. A gain in
+score is in standard deviations of the score of SFT's answers. The judge is VADER's compound score of the whole text:
+rules that training never sees. *At equal length*: both answers to a prompt cut to the shorter of the two, and scored
+again. Brackets: 95 % intervals over prompts or pairs.
+"""
+
+ROWS = {
+    "score gain, sd": ("score_gain", "+.2f"),
+    "score gain at equal length, sd": ("equal_length_score_gain", "+.2f"),
+    "VADER gain": ("judge_gain", "+.3f"),
+    "VADER gain at equal length": ("equal_length_judge_gain", "+.3f"),
+    "KL to SFT, nats a response": ("kl_sequence", ".2f"),
+    "win rate over SFT": ("win_rate", ".3f"),
+    "length of the Actor's answers / SFT's": ("length_ratio", ".2f"),
+    "EOS rate of SFT": ("sft_eos_rate", ".2f"),
+    "EOS rate of the Actor": ("actor_eos_rate", ".2f"),
+    "distinct bigrams of SFT": ("sft_distinct_bigrams", ".3f"),
+    "distinct bigrams of the Actor": ("actor_distinct_bigrams", ".3f"),
+}
+ABLATED = (
+    "score_gain",
+    "equal_length_score_gain",
+    "judge_gain",
+    "kl_sequence",
+    "length_ratio",
+    "actor_distinct_bigrams",
+)
+FORMS = {name: form for name, form in ROWS.values()}
+
+
+def render(seeds: dict[int, Metrics], base: dict[int, dict[str, Any]], ablated: dict[str, Metrics]) -> str:
+    parts = [_seeds(seeds), _pairs(seeds, base), _best_of(seeds, base), _ablations(seeds, ablated)]
+    return HEAD + "".join("\n" + "\n".join(lines) + "\n" for lines in parts)
+
+
+def _table(head: list[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _value(m: Mapping[str, float], name: str, form: str) -> str:
+    text = format(m[name], form)
+    return f"{text} [{m[name + '_low']:{form}}, {m[name + '_high']:{form}}]" if f"{name}_low" in m else text
+
+
+def _spread(values: list[float], form: str) -> str:
+    return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _seeds(seeds: dict[int, Metrics]) -> list[str]:
+    wanted = {"reward accuracy on held-out pairs": ("reward", "accuracy", ".3f")}
+    wanted |= {text: ("evaluate", name, form) for text, (name, form) in ROWS.items()}
+    rows = []
+    for text, (stage, name, form) in wanted.items():
+        runs = [m[stage] for m in seeds.values()]
+        rows.append([text, *(_value(m, name, form) for m in runs), _spread([m[name] for m in runs], form)])
+    return ["## Three seeds", "", *_table(["", *(f"seed {s}" for s in seeds), "mean (range)"], rows)]
+
+
+def _pairs(seeds: dict[int, Metrics], base: dict[int, dict[str, Any]]) -> list[str]:
+    rows = []
+    for seed, metrics in seeds.items():
+        vader_share, (low, high) = base[seed]["vader"]
+        reward = _value(metrics["reward"], "accuracy", ".3f")
+        rows.append(
+            [str(seed), reward, f"{base[seed]['bag_of_words']:.3f}", f"{vader_share:.3f} [{low:.3f}, {high:.3f}]"]
+        )
+    return [
+        "## The Reward beside simpler ones: accuracy on the same held-out pairs",
+        "",
+        *_table(["seed", "Reward", "bag of words", "VADER"], rows),
+        "",
+        "Bag of words: logistic regression on which words and word pairs the two texts have. Ties of VADER count half.",
+    ]
+
+
+def _best_of(seeds: dict[int, Metrics], base: dict[int, dict[str, Any]]) -> list[str]:
+    """Means over seeds."""
+    compared = [("Actor, one answer", [m["evaluate"] for m in seeds.values()], "kl_sequence", "")]
+    compared += [
+        (f"SFT, best of {n}", [b["best_of"][n] for b in base.values()], "kl_bound", "at most ") for n in BEST_OF
+    ]
+    rows = []
+    for text, found, kl, bound in compared:
+        score, judge, nats, length = (
+            mean(f[n] for f in found) for n in ("score_gain", "judge_gain", kl, "length_ratio")
+        )
+        rows.append([text, f"{score:+.2f}", f"{judge:+.3f}", f"{bound}{nats:.2f}", f"{length:.2f}"])
+    return [
+        "## Beside SFT's best answer of n, by the same Reward (means over seeds)",
+        "",
+        *_table(["", "score gain, sd", "VADER gain", "KL, nats", "length / SFT's"], rows),
+        "",
+        "The KL of best of n is at most log n - (n-1)/n (Beirami et al. 2024). It costs n answers for each that is used.",
+    ]
+
+
+def _ablations(seeds: dict[int, Metrics], ablated: dict[str, Metrics]) -> list[str]:
+    titles = {name: text for text, (name, _) in ROWS.items()}
+    rows = [
+        [text, f"{m['reward']['accuracy']:.3f}", *(format(m["evaluate"][name], FORMS[name]) for name in ABLATED)]
+        for text, m in ({"shipped": seeds[0]} | ablated).items()
+    ]
+    head = ["", "reward accuracy", *(titles[name] for name in ABLATED)]
+    return ["## Ablations, seed 0: the shipped parameters but for one", "", *_table(head, rows)]
+
+
+def main() -> None:
+    clone = Path(sys.argv[1]).resolve()
+    seeds, base = {}, {}
+    for seed in SEEDS:
+        seeds[seed] = run(clone, {"seed": seed})
+        base[seed] = baselines(clone)
+    ablated = {name: run(clone, settings) for name, settings in ABLATIONS.items()}
+    (REPOSITORY / "docs/results.md").write_text(render(seeds, base, ablated))
+
+
+if __name__ == "__main__":
+    main()
