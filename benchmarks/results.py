@@ -148,7 +148,7 @@ def baselines(clone: Path) -> dict[str, Any]:
 HEAD = """# Results
 
 What `make run` learns, over seeds that change everything that is drawn: weights, batches, prompts, samples. Written by
-`python benchmarks/results.py` on two CPU cores. 512 held-out prompts, from texts that no model was trained on. A gain in
+`python benchmarks/results.py` on two CPU cores. 512 held-out prompts, of texts that no model was trained on. A gain in
 score is in standard deviations of the score of SFT's answers. The judge is VADER's compound score of the whole text:
 rules that training never sees. *At equal length*: both answers to a prompt cut to the shorter of the two, and scored
 again. Brackets: 95 % intervals over prompts or pairs.
@@ -175,7 +175,7 @@ ABLATED = (
     "length_ratio",
     "actor_distinct_bigrams",
 )
-FORMS = {name: form for name, form in ROWS.values()}
+FORMS = dict(ROWS.values())
 
 
 def render(seeds: dict[int, Metrics], base: dict[int, dict[str, Any]], ablated: dict[str, Metrics]) -> str:
@@ -240,7 +240,7 @@ def _best_of(seeds: dict[int, Metrics], base: dict[int, dict[str, Any]]) -> list
         "",
         *_table(["", "score gain, sd", "VADER gain", "KL, nats", "length / SFT's"], rows),
         "",
-        "The KL of best of n is at most log n - (n-1)/n (Beirami et al. 2024). It costs n answers for each that is used.",
+        "The KL of best of n is at most log n - (n-1)/n (Beirami et al. 2024); it costs n answers for one.",
     ]
 
 
