@@ -45,11 +45,9 @@ def collate(prompts: Sequence[TokenRow], responses: Sequence[TokenRow], pad_id: 
 
 def pad_rows(rows: Sequence[TokenRow], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
     """Rows of different lengths as `(input_ids [B, L], attention_mask [B, L])`, padded right or left."""
-    width = max((len(row) for row in rows), default=0)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, place] = torch.as_tensor(row, dtype=torch.long)
-        mask[i, place] = 1
-    return ids, mask
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    places = np.arange(lengths.max(initial=0))
+    mask = places >= (places.size - lengths)[:, None] if left else places < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]) if len(rows) else []
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +35,7 @@ class Episodes:
     responses: list[list[int]]
     ended: list[bool]
 
-    @property
+    @cached_property  # asked for once a row
     def lengths(self) -> list[int]:
         """Tokens of prompt and response together, B of them."""
         return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
