@@ -34,7 +34,7 @@ SEEDS = (0, 1, 2)
 BEST_OF = (4, 16)
 ABLATIONS: dict[str, dict[str, Any]] = {
     "β = 0": {"ppo.kl.coef": 0.0},
-    "no margin in the Reward's loss": {"reward.margin_scale": 0.0},
+    "a margin of 0.2 times the rating gap": {"reward.margin_scale": 0.2},
     "advantages not whitened": {"ppo.whiten_advantages": "false"},
     "Critic starts from SFT, not from Reward": {"ppo.critic_start": "sft"},
     "cut answers keep their score": {"ppo.missing_eos.mode": "keep"},
