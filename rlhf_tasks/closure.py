@@ -7,9 +7,12 @@ retrains no model. Imports under `if TYPE_CHECKING:` do not run and do not count
 from __future__ import annotations
 
 import ast
+import importlib.util
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+from rlhf_tasks.errors import UserError
 
 PACKAGE = "rlhf_tasks"
 SOURCE_ROOT = Path(__file__).resolve().parent.parent
@@ -22,8 +25,22 @@ def import_closure(module: str) -> tuple[str, ...]:
 
 
 def user_closure(module: str, root: Path) -> tuple[str, ...]:
-    """The files of the project at `root` that importing a user's module runs; none if the module is not there."""
+    """The files of the project at `root` that importing a user's module runs; none if the module is not there.
+
+    Raises:
+        UserError: one of them is no Python.
+    """
     return _closure(module, root) if _file_of(module, root).exists() else ()
+
+
+def installed_closure(module: str) -> dict[str, Path]:
+    """The files of its own package that importing an installed module runs, by their names in it."""
+    spec = importlib.util.find_spec(module.partition(".")[0])
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return {}
+    home = Path(spec.origin).parent.parent if spec.submodule_search_locations else Path(spec.origin).parent
+    top = module.partition(".")[0]
+    return {name: home / name for name in _closure(module, home) if Path(name).parts[0].removesuffix(".py") == top}
 
 
 def _closure(module: str, root: Path) -> tuple[str, ...]:
@@ -38,7 +55,7 @@ def _closure(module: str, root: Path) -> tuple[str, ...]:
         found[name] = path.relative_to(root).as_posix()
         if "." in name:
             waiting.append(name.rpartition(".")[0])
-        waiting.extend(_imports(path, root, package))
+        waiting.extend(_imports(name, path, root, package))
     return tuple(sorted(found.values()))
 
 
@@ -47,22 +64,41 @@ def _file_of(module: str, root: Path) -> Path:
     return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
 
 
-def _imports(path: Path, root: Path, package: str) -> Iterator[str]:
-    """Modules of `package`, or single files beside it, that the file imports, at any depth of the code."""
+def _imports(name: str, path: Path, root: Path, package: str) -> Iterator[str]:
+    """What a module imports, at any depth of its code, from its own package or, a user's, from the folder `root`."""
 
-    def counts(name: str) -> bool:
-        top = name.partition(".")[0]
-        return top == package or (top != PACKAGE and package != PACKAGE and _file_of(top, root).exists())
+    def counts(imported: str) -> bool:
+        top = imported.partition(".")[0]
+        beside = (root / top).is_dir() or (root / f"{top}.py").exists()
+        return top == package or (package != PACKAGE and beside)
 
-    for node in _running_nodes(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in _running_nodes(_parse(path, root)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if counts(alias.name))
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            raise ImportError(f"{path}:{node.lineno}: a relative import; write it absolute, so that keys can follow it")
-        elif isinstance(node, ast.ImportFrom) and node.module and counts(node.module):
+        elif isinstance(node, ast.ImportFrom):
+            source = _absolute(node, name, path)
+            if not counts(source):
+                continue
             for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                yield inner if _file_of(inner, root).exists() else node.module
+                inner = f"{source}.{alias.name}"
+                yield inner if _file_of(inner, root).exists() else source
+
+
+def _parse(path: Path, root: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError) as error:  # ValueError: bytes that are no UTF-8, or 0
+        place = f"{path.relative_to(root)}:{getattr(error, 'lineno', None) or 1}"
+        raise UserError(f"{place}: not readable as Python: {getattr(error, 'msg', error)}") from None
+
+
+def _absolute(node: ast.ImportFrom, name: str, path: Path) -> str:
+    """The module that `from … import` names, seen from the module `name`."""
+    if not node.level:
+        return node.module or ""
+    base = name.split(".")
+    base = base[: len(base) - node.level + (path.name == "__init__.py")]
+    return ".".join([*base, *([node.module] if node.module else [])])
 
 
 def _running_nodes(tree: ast.AST) -> Iterator[ast.AST]:

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rlhf_tasks.closure import PACKAGE, SOURCE_ROOT, import_closure, user_closure
+from rlhf_tasks.closure import PACKAGE, SOURCE_ROOT, import_closure, installed_closure, user_closure
 from rlhf_tasks.config import Params, load_params
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import STAGES, Stage, producer
@@ -135,10 +135,19 @@ def _job(name: str, stage: Stage, workspace: Workspace, settings: dict[str, Any]
         **facts,
         "parameters": settings,
         "inputs": _input_digests(workspace, stage),
-        "code": {file: _CODE[file] for file in import_closure(stage.module)},
+        "code": {file: _CODE[file] for file in import_closure(stage.module)} | _installed_code(workspace, stage),
         "environment": _environment(stage),
     }
     return Job(name, digest_json(identity), identity)
+
+
+def _installed_code(workspace: Workspace, stage: Stage) -> dict[str, str]:
+    """Digests of an installed reward function's sources; those of one in the project are inputs, as files are."""
+    function = workspace.params.reward_function.name if "reward_function" in stage.sections else None
+    module = function.partition(":")[0] if function else ""
+    if not module or user_closure(module, workspace.root.resolve()):
+        return {}
+    return {f"installed: {name}": digest_file(path) for name, path in installed_closure(module).items()}
 
 
 def _input_digests(workspace: Workspace, stage: Stage) -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,43 +28,72 @@ def load_reward_function(settings: config.RewardFunction, tokenizer: Any) -> Sco
     """The named function over tokens instead of texts; None where none is named.
 
     Raises:
-        UserError: it cannot be imported; later, when it is called: it did not return a finite number a response.
+        UserError: it cannot be imported; later, when it is called: it raised, or returned no finite number a response.
     """
     if settings.name is None:
         return None
-    function = _import(settings.name)
+    name, function = settings.name, _import(settings.name)
 
     def score(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
         texts = [
             tokenizer.batch_decode(list(map(list, rows)), skip_special_tokens=True) for rows in (prompts, responses)
         ]
-        return _checked(settings.name, function(*texts), len(responses))
+        try:
+            found = function(*texts)
+        except Exception as error:  # whatever a user's code raises
+            raise UserError(f"reward_function.name: {name!r} raised {_told(error)}") from error
+        return _checked(name, found, len(responses))
 
     return score
 
 
 def _import(name: str) -> Callable[[list[str], list[str]], Sequence[float]]:
     module, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:  # a console script starts without it
-        sys.path.insert(0, here)
+    here = Path.cwd()
+    if str(here) not in sys.path:  # a console script starts without it
+        sys.path.insert(0, str(here))
+    _forget_modules_of(here)
+    importlib.invalidate_caches()
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = importlib.import_module(module)
+        function = getattr(found, attribute)
+    except Exception as error:
+        raise UserError(f"reward_function.name: {name!r} cannot be imported from {here}: {_told(error)}") from error
+    wanted = here.joinpath(*module.split("."))
+    files = [path for path in (wanted.with_suffix(".py"), wanted / "__init__.py") if path.exists()]
+    if files and Path(found.__file__ or "") not in files:
         raise UserError(
-            f"reward_function.name: {name!r} cannot be imported from {here} ({error}); expected `module:function`"
-        ) from error
+            f"reward_function.name: Python finds {module!r} in {found.__file__}, not in {files[0]}; rename that file"
+        )
     if not callable(function):
         raise UserError(f"reward_function.name: {name!r} is {type(function).__name__}, expected a function")
     return function
 
 
-def _checked(name: str | None, scores: Any, count: int) -> Tensor:
+def _forget_modules_of(folder: Path) -> None:
+    """Have the user's modules read again: the key is of what is on disk now, not of what was loaded before."""
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or "/")
+        mine = file.is_relative_to(folder) and "site-packages" not in file.parts
+        if mine and name.partition(".")[0] not in ("rlhf_tasks", "flows", "__main__"):
+            del sys.modules[name]
+
+
+def _told(error: Exception) -> str:
+    """An exception of a user's code in one line, with where it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
+
+
+def _checked(name: str, scores: Any, count: int) -> Tensor:
     try:
         found = torch.as_tensor(scores, dtype=torch.float32).cpu()
     except (TypeError, ValueError, RuntimeError):
         found = torch.empty(0)
     if found.shape != (count,) or not found.isfinite().all():
         shown = f"{found.tolist()}"[:80] if found.numel() else repr(scores)[:80]
-        raise UserError(f"reward_function {name!r}: returned {shown}, expected {count} finite numbers, one a response")
+        raise UserError(
+            f"reward_function.name: {name!r} returned {shown}, expected {count} finite numbers, one a response"
+        )
     return found

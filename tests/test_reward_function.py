@@ -31,6 +31,9 @@ def short(prompts, responses):
 def words(prompts, responses):
     return ["good"] * len(responses)
 
+def broken(prompts, responses):
+    return 1 / 0
+
 def infinite(prompts, responses):
     return [float("inf")] * len(responses)
 
@@ -50,6 +53,8 @@ class Tokenizer:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "my_rewards.py").write_text(SOURCE)
     (tmp_path / "helper_of_rewards.py").write_text("LETTER = 'a'\n")
+    (tmp_path / "raises_at_once.py").write_text("raise ValueError('no')\n")
+    (tmp_path / "json.py").write_text("def dumps(prompts, responses): ...\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
@@ -73,7 +78,10 @@ def test_it_sees_texts_and_its_scores_come_back(project: Path) -> None:
         ("my_rewards:short", "expected 2 finite numbers"),
         ("my_rewards:words", "expected 2 finite numbers"),
         ("my_rewards:infinite", "expected 2 finite numbers"),
+        ("my_rewards:broken", r"raised ZeroDivisionError: division by zero \(.*my_rewards.py:\d+\)"),
         ("my_rewards:absent", "cannot be imported"),
+        ("raises_at_once:score", "cannot be imported .* ValueError: no"),
+        ("json:dumps", "Python finds 'json' in .* rename that file"),
         ("no_such_module:letters", "cannot be imported"),
         ("my_rewards:number", "is int, expected a function"),
     ],
@@ -81,6 +89,13 @@ def test_it_sees_texts_and_its_scores_come_back(project: Path) -> None:
 def test_what_is_no_score_is_refused(project: Path, name: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         load(name)([[1], [2]], [[0], [3]])
+
+
+def test_an_edit_is_read_also_by_the_process_that_had_it_loaded(project: Path) -> None:
+    """One run makes ppo and evaluate; each is keyed by what is on disk then."""
+    assert load("my_rewards:letters")([[1]], [[0, 0, 3]]).tolist() == [2.0]
+    (project / "helper_of_rewards.py").write_text("LETTER = 'd' # another\n")
+    assert load("my_rewards:letters")([[1]], [[0, 0, 3]]).tolist() == [1.0]
 
 
 def test_weight_and_place(project: Path) -> None:
@@ -108,4 +123,50 @@ def test_its_source_and_what_that_imports_are_in_the_key(
     run_stages(project, "prepare", "sft", "reward")
     before = engine.plan(project, STAGES["ppo"])
     (project.root / "helper_of_rewards.py").write_text("LETTER = 'bc'\n")
+    assert engine.plan(project, STAGES["ppo"]).key != before.key
+
+
+@pytest.mark.parametrize(
+    ("code", "reached"),
+    [
+        ("from my.tastes import words", ["my/tastes/words.py"]),
+        ("from .tastes import words", ["my/tastes/words.py"]),
+        ("from . import near", ["my/near.py"]),
+        ("import beside.inner", ["beside/inner.py"]),
+        ("from rlhf_tasks.evaluate import vader", ["rlhf_tasks/evaluate.py"]),
+        ("import json, torch", []),
+    ],
+)
+def test_what_a_users_module_imports(tmp_path: Path, code: str, reached: list[str]) -> None:
+    """Packages with and without __init__.py, relative imports, and this project's own modules."""
+    for file in ("my/near", "my/tastes/words", "beside/inner", "rlhf_tasks/evaluate"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{file}.py").write_text("")
+    (tmp_path / "my/rewards.py").write_text(code)
+    assert user_closure("my.rewards", tmp_path) == tuple(sorted(["my/rewards.py", *reached]))
+
+
+def test_a_module_that_is_no_python_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text("def score(:\n")
+    with pytest.raises(UserError, match=r"wrong\.py:1: not readable as Python: invalid syntax"):
+        user_closure("wrong", tmp_path)
+
+
+def test_an_installed_function_is_keyed_by_its_source(
+    workspace: Callable[..., Workspace],
+    run_stages: Callable[..., dict[str, Entry]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "site/judges").mkdir(parents=True)
+    for name, text in (("__init__", ""), ("words", "GOOD = 1\n"), ("taste", "from judges.words import GOOD\n")):
+        (tmp_path / f"site/judges/{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    project = workspace("reward_function.name=judges.taste:score")
+    run_stages(project, "prepare", "sft", "reward")
+    before = engine.plan(project, STAGES["ppo"])
+    assert {name for name in before.identity["code"] if name.startswith("installed")} == {
+        f"installed: judges/{name}.py" for name in ("__init__", "taste", "words")
+    }
+    (tmp_path / "site/judges/words.py").write_text("GOOD = 2\n")
     assert engine.plan(project, STAGES["ppo"]).key != before.key

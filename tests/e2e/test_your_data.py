@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from e2e.conftest import Project, make_project
+from e2e.test_doors import STAGES, states
 
 NOUNS = ["tea", "rain", "chess", "bread", "jazz", "snow", "maps", "clocks", "rivers", "owls", "glass", "ships"]
 VERBS = ["describe", "praise", "explain", "compare", "sketch", "recall", "imagine", "count", "draw", "name"]
@@ -58,3 +59,36 @@ def test_alpaca_and_preference_files_on_a_local_model_go_all_the_way(
     assert wrong.returncode == 2
     assert "data/raw/pairs.jsonl:1" in wrong.stderr
     assert "`rejected`" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_a_reward_function_of_ones_own(copy_of: Project) -> None:
+    """It steers PPO through either door, and an edit of what it imports runs PPO again, and nothing before it."""
+    (copy_of.root / "my_rewards").mkdir()
+    (copy_of.root / "my_rewards/__init__.py").write_text("")
+    (copy_of.root / "my_rewards/taste.py").write_text("LETTER = 'e'\n")
+    (copy_of.root / "my_rewards/letters.py").write_text(
+        "from my_rewards.taste import LETTER\n\n"
+        "def liked(prompts, responses):\n    return [response.count(LETTER) for response in responses]\n"
+    )
+    steer = ("--set", "reward_function.name=my_rewards.letters:liked", "--set", "reward_function.instead=true")
+    done = copy_of.rlhf("run", *steer)
+    later = dict.fromkeys(("ppo", "evaluate", "register"), "done")
+    assert states(done.stdout) == dict.fromkeys(STAGES, "cached") | later, done.stdout + done.stderr
+    assert "function_gain" in copy_of.metrics("evaluate")
+    assert "Data and pipelines are up to date." in copy_of.dvc("status").stdout
+
+    (copy_of.root / "my_rewards/taste.py").write_text("LETTER = 'o'\n")
+    before = copy_of.lock()
+    again = copy_of.dvc("repro")
+    assert again.returncode == 0, again.stdout + again.stderr
+    after = copy_of.lock()
+    assert after["reward"] == before["reward"]
+    assert after["ppo"] != before["ppo"]
+
+    (copy_of.root / "my_rewards/letters.py").write_text("def liked(prompts, responses):\n    return 1 / 0\n")
+    broken = copy_of.rlhf("run")
+    assert broken.returncode == 2, broken.stdout
+    assert "my_rewards.letters:liked" in broken.stderr
+    assert "ZeroDivisionError" in broken.stderr
+    assert len(broken.stderr.strip().splitlines()) == 1, broken.stderr
