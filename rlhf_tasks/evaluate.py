@@ -130,16 +130,13 @@ def measure(episodes: Episodes, scorer: Any, tokenizer: Any, judge: str | None) 
 
 
 def cut_to_equal_length(one: Episodes, other: Episodes) -> tuple[Episodes, Episodes]:
-    """Both models' responses, each cut to the shorter of the two to its prompt: what is gained then is not length."""
-    lengths = [min(len(a), len(b)) for a, b in zip(one.responses, other.responses, strict=True)]
-    return tuple(  # type: ignore[return-value]
-        Episodes(
-            side.prompts,
-            [response[:n] for response, n in zip(side.responses, lengths, strict=True)],
-            [end and len(response) == n for end, response, n in zip(side.ended, side.responses, lengths, strict=True)],
-        )
-        for side in (one, other)
-    )
+    """Both models' responses, without their ends, each cut to the shorter of the two: what is gained is not length."""
+    sides = (one, other)
+    bodies = [[r[: len(r) - end] for r, end in zip(s.responses, s.ended, strict=True)] for s in sides]
+    lengths = [min(len(a), len(b)) for a, b in zip(*bodies, strict=True)]
+    cut = [[body[:n] for body, n in zip(side, lengths, strict=True)] for side in bodies]
+    none = [False] * len(lengths)
+    return Episodes(one.prompts, cut[0], none), Episodes(other.prompts, cut[1], none)
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ppo.missing_eos.mode": "replace",
         "ppo.missing_eos.value": -1.0,
     },
-    # huggingface/trl, defaults of PPOConfig, 0.11.4 to 1.12
+    # huggingface/trl, defaults of PPOv2Config (0.11.4), which became PPOConfig (to 1.12)
     "trl": _SHARED
     | {
         "ppo.whiten_rewards": False,

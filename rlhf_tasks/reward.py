@@ -42,7 +42,13 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None
     """Mean over N pairs of `-log σ(chosen - rejected - margin) + center · (chosen + rejected)²`; all `[N]`.
 
     Bradley-Terry with the margin of Touvron et al. 2023 (Llama 2, eq. 2) and the centering of Eisenstein et al. 2023.
+
+    Raises:
+        ValueError: the shapes differ; broadcasting `[N, 1]` against `[N]` would compare every pair with every other.
     """
+    shapes = [x.shape for x in (chosen, rejected, margin) if isinstance(x, Tensor)]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"chosen, rejected and margin have shapes {[list(s) for s in shapes]}, expected one shape [N]")
     gap = chosen - rejected if margin is None else chosen - rejected - margin
     loss = -logsigmoid(gap)
     if center:

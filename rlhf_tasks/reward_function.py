@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,7 +40,8 @@ def load_reward_function(settings: config.RewardFunction, tokenizer: Any) -> Sco
             tokenizer.batch_decode(list(map(list, rows)), skip_special_tokens=True) for rows in (prompts, responses)
         ]
         try:
-            found = function(*texts)
+            with torch.no_grad():  # a user's model is not trained by ours
+                found = function(*texts)
         except Exception as error:  # whatever a user's code raises
             raise UserError(f"reward_function.name: {name!r} raised {_told(error)}") from error
         return _checked(name, found, len(responses))
@@ -54,17 +56,22 @@ def _import(name: str) -> Callable[[list[str], list[str]], Sequence[float]]:
         sys.path.insert(0, str(here))
     _forget_modules_of(here)
     importlib.invalidate_caches()
-    try:
-        found = importlib.import_module(module)
-        function = getattr(found, attribute)
-    except Exception as error:
-        raise UserError(f"reward_function.name: {name!r} cannot be imported from {here}: {_told(error)}") from error
     wanted = here.joinpath(*module.split("."))
     files = [path for path in (wanted.with_suffix(".py"), wanted / "__init__.py") if path.exists()]
-    if files and Path(found.__file__ or "") not in files:
-        raise UserError(
-            f"reward_function.name: Python finds {module!r} in {found.__file__}, not in {files[0]}; rename that file"
-        )
+    try:
+        found = importlib.import_module(module)
+        file = getattr(found, "__file__", None)
+        origin = Path(file) if file else None
+        if files and not (origin and any(origin.samefile(file) for file in files)):
+            raise UserError(
+                f"reward_function.name: Python's own {module!r} ({origin or 'built in'}) is found before {files[0]}; "
+                "give that file another name"
+            )
+        function = getattr(found, attribute)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"reward_function.name: {name!r} cannot be imported from {here}: {_told(error)}") from error
     if not callable(function):
         raise UserError(f"reward_function.name: {name!r} is {type(function).__name__}, expected a function")
     return function
@@ -72,9 +79,11 @@ def _import(name: str) -> Callable[[list[str], list[str]], Sequence[float]]:
 
 def _forget_modules_of(folder: Path) -> None:
     """Have the user's modules read again: the key is of what is on disk now, not of what was loaded before."""
+    foreign = [Path(path) for path in (sys.prefix, sys.base_prefix, *sysconfig.get_paths().values())]
     for name, module in list(sys.modules.items()):
         file = Path(getattr(module, "__file__", None) or "/")
-        mine = file.is_relative_to(folder) and "site-packages" not in file.parts
+        installed = any(file.is_relative_to(path) for path in foreign)
+        mine = file.is_relative_to(folder) and not installed and "site-packages" not in file.parts
         if mine and name.partition(".")[0] not in ("rlhf_tasks", "flows", "__main__"):
             del sys.modules[name]
 
@@ -88,7 +97,7 @@ def _told(error: Exception) -> str:
 
 def _checked(name: str, scores: Any, count: int) -> Tensor:
     try:
-        found = torch.as_tensor(scores, dtype=torch.float32).cpu()
+        found = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
         found = torch.empty(0)
     if found.shape != (count,) or not found.isfinite().all():

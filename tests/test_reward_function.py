@@ -34,6 +34,10 @@ def words(prompts, responses):
 def broken(prompts, responses):
     return 1 / 0
 
+def with_gradient(prompts, responses):
+    import torch
+    return torch.ones(len(responses), requires_grad=True) * 2
+
 def infinite(prompts, responses):
     return [float("inf")] * len(responses)
 
@@ -54,6 +58,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "my_rewards.py").write_text(SOURCE)
     (tmp_path / "helper_of_rewards.py").write_text("LETTER = 'a'\n")
     (tmp_path / "raises_at_once.py").write_text("raise ValueError('no')\n")
+    (tmp_path / "time.py").write_text("")
     (tmp_path / "json.py").write_text("def dumps(prompts, responses): ...\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -81,7 +86,8 @@ def test_it_sees_texts_and_its_scores_come_back(project: Path) -> None:
         ("my_rewards:broken", r"raised ZeroDivisionError: division by zero \(.*my_rewards.py:\d+\)"),
         ("my_rewards:absent", "cannot be imported"),
         ("raises_at_once:score", "cannot be imported .* ValueError: no"),
-        ("json:dumps", "Python finds 'json' in .* rename that file"),
+        ("time:score", "Python's own 'time' .built in."),
+        ("json:dumps", "Python's own 'json' .* give that file another name"),
         ("no_such_module:letters", "cannot be imported"),
         ("my_rewards:number", "is int, expected a function"),
     ],
@@ -96,6 +102,10 @@ def test_an_edit_is_read_also_by_the_process_that_had_it_loaded(project: Path) -
     assert load("my_rewards:letters")([[1]], [[0, 0, 3]]).tolist() == [2.0]
     (project / "helper_of_rewards.py").write_text("LETTER = 'd' # another\n")
     assert load("my_rewards:letters")([[1]], [[0, 0, 3]]).tolist() == [1.0]
+
+
+def test_a_model_of_the_users_own_is_not_trained(project: Path) -> None:
+    assert not load("my_rewards:with_gradient")([[1]], [[0]]).requires_grad
 
 
 def test_weight_and_place(project: Path) -> None:

@@ -6,8 +6,8 @@ Shapes: B episodes, T response tokens, V vocabulary. Place t of a [B, T] tensor 
 A mask is [B, T], of any dtype, non-zero where a token counts. What lies outside it influences nothing, not even as NaN
 or inf: no result and no gradient. Results outside it are 0. (So `torch.where`; multiplying by the mask leaves 0·NaN.)
 
-Results keep the dtype of the inputs, which is meant to be float32 or float64. Only logits may come in half precision:
-they are widened to float32.
+Results keep the dtype of the inputs. Half precision is widened to float32 inside: sums over thousands of tokens do not
+fit it. Log-probabilities and entropies of half-precision logits stay float32.
 
 Sources, cited below by name:
 - PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2015, arXiv:1506.02438.
@@ -16,12 +16,43 @@ Sources, cited below by name:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: e^80 fits float32 with room to multiply; a ratio of that size is divergence anyhow, but must not become inf·0 = NaN
+LOG_RATIO_LIMIT = 80.0
+
+
+def _wide(function: Callable[P, R]) -> Callable[P, R]:
+    """Compute in float32 what comes in half precision, and give the result back in the dtype that came."""
+
+    @wraps(function)
+    def widened(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
+        dtype = given[0].dtype
+        if dtype not in (torch.float16, torch.bfloat16):
+            return function(*args, **kwargs)
+
+        def cast(x: Any, to: torch.dtype) -> Any:
+            return x.to(to) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        wide: Any = function
+        result = wide(*(cast(a, torch.float32) for a in args), **{k: cast(a, torch.float32) for k, a in kwargs.items()})
+        if isinstance(result, Tensor):
+            return cast(result, dtype)
+        parts = [cast(x, dtype) for x in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)  # type: ignore[return-value]
+
+    return widened
+
 
 # --- Tokens: which count, how likely they are -----------------------------------------------------------------------
 
@@ -151,6 +182,7 @@ class AdaptiveKL:
 # --- Rewards and advantages -----------------------------------------------------------------------------------------
 
 
+@_wide
 def assemble_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Reward of each token: -β·kl_t, plus the score at the last counted token of the row (Ziegler, eq. 2).
 
@@ -163,6 +195,7 @@ def assemble_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -
     return _only(-kl_coef * kl, mask) + torch.where(is_last, scores.unsqueeze(1), 0)
 
 
+@_wide
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over the counted places of the whole tensor, 0 where nothing counts.
 
@@ -171,6 +204,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return _only(x, mask).sum() / _count(mask)
 
 
+@_wide
 def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
     """Variance over the counted places of the whole tensor, over n - 1 if unbiased, else over n (OpenAI's code).
 
@@ -183,6 +217,7 @@ def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
     return squares / ((n - 1).clamp(min=1) if unbiased else n)
 
 
+@_wide
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the counted places of the whole tensor; `shift_mean=False` adds the mean back.
 
@@ -195,6 +230,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, unbiased: bo
     return _only(whitened if shift_mean else whitened + mean, mask)
 
 
+@_wide
 def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (GAE, eq. 16), from the last place to the first, with V and A after it 0:
 
@@ -216,6 +252,7 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float)
     return _only(advantages, mask), _only(advantages + v, mask)
 
 
+@_wide
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - var(returns - values) / var(returns): 1 perfect, 0 no better than a constant, below 0 worse.
 
@@ -252,6 +289,7 @@ class CriticLoss(NamedTuple):
     value_mean: Tensor  # mean(V)
 
 
+@_wide
 def actor_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -273,7 +311,7 @@ def actor_loss(
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip is {dual_clip}: expected a number above 1 (such as 3), or None for no dual clip.")
     log_ratio, advantages = _only(logprobs - old_logprobs, mask), _only(advantages, mask)
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     plain = -advantages * ratio
     clipped = plain if clip is None else -advantages * ratio.clamp(1 - clip, 1 + clip)
     loss = torch.maximum(plain, clipped)
@@ -289,6 +327,7 @@ def actor_loss(
     )
 
 
+@_wide
 def critic_loss(
     values: Tensor,
     old_values: Tensor,

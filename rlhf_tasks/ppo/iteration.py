@@ -99,7 +99,8 @@ def iterate(state: PPOState, fixed: Fixed, ppo: config.PPO, seed: int) -> tuple[
 
     metrics = rollout_metrics(episodes, experience, raw_scores, state.kl.coef) | learned
     metrics["policy/learning_rate"] = state.actor.optimizer.param_groups[0]["lr"]
-    state.kl.update(metrics["objective/kl"], ppo.batch)
+    if iteration > ppo.critic_warmup:  # while the Actor waits its KL is 0, which says nothing of β
+        state.kl.update(metrics["objective/kl"], ppo.batch)
     state.iteration = iteration
     tokens = sum(len(response) for response in responses)
     return metrics, clock.seconds | {"response_tokens": float(tokens)}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from e2e.conftest import Project, make_project
 from e2e.test_doors import STAGES, states
+from e2e.test_metrics import documented_metrics
 
 NOUNS = ["tea", "rain", "chess", "bread", "jazz", "snow", "maps", "clocks", "rivers", "owls", "glass", "ships"]
 VERBS = ["describe", "praise", "explain", "compare", "sketch", "recall", "imagine", "count", "draw", "name"]
@@ -75,7 +76,8 @@ def test_a_reward_function_of_ones_own(copy_of: Project) -> None:
     done = copy_of.rlhf("run", *steer)
     later = dict.fromkeys(("ppo", "evaluate", "register"), "done")
     assert states(done.stdout) == dict.fromkeys(STAGES, "cached") | later, done.stdout + done.stderr
-    assert "function_gain" in copy_of.metrics("evaluate")
+    names = {name.removeprefix("evaluate/") for name in documented_metrics(with_function=True)}
+    assert names == {name for name in copy_of.metrics("evaluate") if "function" in name}
     assert "Data and pipelines are up to date." in copy_of.dvc("status").stdout
 
     (copy_of.root / "my_rewards/taste.py").write_text("LETTER = 'o'\n")

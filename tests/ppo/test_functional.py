@@ -534,4 +534,4 @@ def test_imports_only_torch_and_the_standard_library() -> None:
         n for n in ast.walk(ast.parse(Path(F.__file__).read_text())) if isinstance(n, ast.Import | ast.ImportFrom)
     ]
     names = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in imports}
-    assert names == {"math", "collections.abc", "dataclasses", "typing", "torch"}
+    assert names == {"math", "collections.abc", "dataclasses", "functools", "typing", "torch"}
