@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_tasks import doctor
 from rlhf_tasks.config import load_params, parse_assignments, set_params
-from rlhf_tasks.doctor import FirstBatch, examine
+from rlhf_tasks.doctor import Finding, FirstBatch, examine
 from rlhf_tasks.engine import Workspace
 
 FEW = {"evaluation"}  # the small project answers 16 prompts, which the doctor minds
@@ -38,7 +38,7 @@ def test_a_healthy_project(finished: Any, finished_copy: Workspace) -> None:
 def test_before_anything_ran_it_says_what_waits(workspace: Callable[..., Workspace]) -> None:
     new = workspace()
     found = {f.name: f.ok for f in examine(new.root, new.params)}
-    assert found["tokenizer"] is found["models"] is None
+    assert found["pad and EOS"] is found["models"] is None
     assert found["sampling"] is found["KL estimator"] is True
 
 
@@ -109,8 +109,55 @@ def test_the_reward_is_asked_about_real_pairs(finished_copy: Workspace) -> None:
 def test_a_raw_score_of_an_odd_scale(finished_copy: Workspace) -> None:
     path = finished_copy.root / "checkpoints/reward/score_statistics.json"
     path.write_text(json.dumps({"mean": 40.0, "std": 0.01, "samples": 16}))
-    assert "set ppo.score.kind to normalised" in ill(finished_copy.root, "ppo.score.kind=raw")["reward scale"]
-    assert "reward scale" not in ill(finished_copy.root, "ppo.score.kind=normalised")
+    for kind, well in (("raw", False), ("normalised", True)):
+        set_params(finished_copy.root / "params.yaml", {"ppo.score.kind": kind})
+        batch = FirstBatch.load(finished_copy.root, load_params(finished_copy.root / "params.yaml"))
+        finding = doctor._reward_scale(finished_copy.root, batch)
+        assert finding.ok is well
+        assert well or "set ppo.score.kind to normalised" in finding.text
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:20])
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("data/prepared/prompts/train.arrow", Path.unlink),
+        ("data/prepared/pairs/heldout.arrow", Path.unlink),
+        ("checkpoints/reward/score_statistics.json", Path.unlink),
+        ("checkpoints/reward/score_statistics.json", damage),
+        ("checkpoints/sft/model.safetensors", damage),
+        ("checkpoints/sft/config.json", damage),
+        ("checkpoints/reward/tokenizer.json", Path.unlink),
+    ],
+)
+def test_what_is_missing_or_damaged_is_a_finding(
+    finished_copy: Workspace, file: str, change: Callable[..., None]
+) -> None:
+    """Also where the damage was not noticed by the look at the whole."""
+    before = ill(finished_copy.root)
+    change(finished_copy.root / file)
+    assert ill(finished_copy.root) != before
+    healthy = Finding("checkpoints", True, "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(doctor._BEFORE_MODELS, "checkpoints", lambda root, params: healthy)
+        assert ill(finished_copy.root) != before
+
+
+@pytest.mark.parametrize("assignment", ["seed=7", "model.scratch.vocab_size=320", "model.base=no/such"])
+def test_checkpoints_of_other_parameters(finished_copy: Workspace, assignment: str) -> None:
+    assert {"checkpoints", "models"} <= set(ill(finished_copy.root, assignment))
+
+
+def test_numbers_that_are_none(first: FirstBatch) -> None:
+    with torch.no_grad():
+        for weight in first.actor.parameters():
+            weight.fill_(torch.nan)
+    for look in (doctor._dropout, doctor._decoding, doctor._padding, doctor._order, doctor._first_step):
+        assert look(Path(), first).ok is False
+    assert "not finite" in doctor._dropout(Path(), first).text
 
 
 def test_a_reward_function_that_says_nothing(finished_copy: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,33 +183,40 @@ def disturb(model: Any) -> None:
 
 
 def test_dropout_that_is_on(first: FirstBatch) -> None:
-    assert doctor._dropout(first).ok
+    assert doctor._dropout(Path(), first).ok
     first.actor.train()
-    assert not doctor._dropout(first).ok
+    assert not doctor._dropout(Path(), first).ok
 
 
-@pytest.mark.parametrize("check", ["_decoding", "_padding", "_first_step"])
+@pytest.mark.parametrize("check", ["_decoding", "_padding", "_order", "_first_step"])
 def test_an_actor_that_is_not_the_one_that_sampled(first: FirstBatch, check: str) -> None:
-    assert getattr(doctor, check)(first).ok
+    assert getattr(doctor, check)(Path(), first).ok
     disturb(first.actor)
-    assert not getattr(doctor, check)(first).ok
+    assert not getattr(doctor, check)(Path(), first).ok
 
 
 def test_values_that_see_more_than_they_should(first: FirstBatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor._value_and_action(first).ok
+    assert doctor._value_and_action(Path(), first).ok
     values = doctor.response_values
     monkeypatch.setattr(doctor, "response_values", lambda critic, batch: values(critic, batch).roll(-1, 1))
-    assert not doctor._value_and_action(first).ok
+    assert not doctor._value_and_action(Path(), first).ok
+
+
+def test_returns_that_know_of_the_critic(first: FirstBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._returns(Path(), first).ok
+    real = doctor.gae
+    monkeypatch.setattr(doctor, "gae", lambda v, r, m, gamma, lam: real(v, r, m, gamma=0.9, lam=lam))
+    assert not doctor._returns(Path(), first).ok
 
 
 def test_rewards_that_do_not_add_up(first: FirstBatch) -> None:
-    assert doctor._reward_sum(first).ok
+    assert doctor._reward_sum(Path(), first).ok
     twice = replace(first, experience=replace(first.experience, rewards=2 * first.experience.rewards))
-    assert not doctor._reward_sum(twice).ok
+    assert not doctor._reward_sum(Path(), twice).ok
 
 
 def test_a_gradient_that_depends_on_its_cut(first: FirstBatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor._micro_batches(first).ok
-    real = doctor._actor_gradient
-    monkeypatch.setattr(doctor, "_actor_gradient", lambda batch, tokens: real(batch, tokens) * (1 if tokens > 1 else 2))
-    assert not doctor._micro_batches(first).ok
+    assert doctor._micro_batches(Path(), first).ok
+    real = doctor._gradients
+    monkeypatch.setattr(doctor, "_gradients", lambda batch, tokens: real(batch, tokens) * (1 if tokens > 1 else 2))
+    assert not doctor._micro_batches(Path(), first).ok

@@ -55,6 +55,12 @@ def test_a_margin_asks_for_that_much_more() -> None:
     assert pairwise_loss(chosen - margin, rejected).item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("shapes", [((4, 1), (4, 1), (4,)), ((4,), (4,), (4, 1)), ((4,), (3,), None)])
+def test_shapes_that_would_broadcast_are_refused(shapes: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError, match="expected one shape"):
+        pairwise_loss(*(torch.zeros(shape) if shape else None for shape in shapes))
+
+
 def test_far_apart_scores_give_no_infinity() -> None:
     loss = pairwise_loss(torch.tensor([-500.0]), torch.tensor([500.0]))
     assert loss.item() == 1000

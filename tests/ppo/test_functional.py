@@ -360,6 +360,28 @@ def test_the_dtype_is_kept(dtype: torch.dtype) -> None:
         assert result.dtype == (torch.int64 if name == "last_index" else dtype), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
+    """90,000 ones do not fit float16, nor does a variance of 1e-8."""
+    many = torch.ones(300, 300, dtype=dtype)
+    assert F.masked_mean(many, many) == 1
+    assert F.masked_whiten(many, many).tolist() == torch.zeros(300, 300).tolist()
+    loss = F.actor_loss(many * 0, many * 0, many, many, 0.2)
+    assert (loss.loss, loss.loss.dtype) == (-1, dtype)
+    assert F.critic_loss(many, many, many * 3, many, None).loss == 2
+    advantages, returns = F.gae(many, many, many, 1.0, 1.0)
+    assert advantages.dtype == returns.dtype == dtype
+
+
+def test_a_ratio_beyond_float32_is_no_nan() -> None:
+    new = torch.tensor([[100.0, 100.0, 100.0]], requires_grad=True)
+    result = F.actor_loss(new, torch.zeros(1, 3), torch.tensor([[0.0, 1.0, -1.0]]), torch.ones(1, 3), 0.2)
+    result.loss.backward()
+    assert result.loss.isfinite()
+    assert new.grad is not None
+    assert new.grad.isfinite().all()
+
+
 @law(batches(), st.randoms(use_true_random=False))
 def test_permuting_rows_permutes_results(x: Batch, random: Random) -> None:
     order = torch.tensor(random.sample(range(len(x.mask)), len(x.mask)))

@@ -130,6 +130,16 @@ def test_beta_is_steered_after_the_iteration(four: Any) -> None:
     assert iterate(state, fixed, settings, seed=0)[0]["objective/kl_coef"] == pytest.approx(used)
 
 
+def test_beta_waits_while_the_critic_warms_up(four: Any) -> None:
+    """The Actor does not move then: that its KL is small says nothing of β."""
+    settings = ppo(critic_warmup=1, kl=config.KL(controller="adaptive", target=50.0, horizon=100))
+    state, fixed = start(four, settings, AdaptiveKL(0.05, target=50.0, horizon=100))
+    iterate(state, fixed, settings, seed=0)
+    assert state.kl.coef == 0.05
+    iterate(state, fixed, settings, seed=0)
+    assert state.kl.coef < 0.05
+
+
 def test_the_actor_learns_what_the_reward_likes(four: Any) -> None:
     settings = ppo(batch=32, actor_learning_rate=1e-2, critic_learning_rate=3e-3)
     state, fixed = start(four, settings, FixedKL(0.0))

@@ -1,0 +1,169 @@
+"""Invariants of PPO on real models in float64: hypothesis draws the episodes, and how they are cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache
+
+from rlhf_tasks import config
+from rlhf_tasks.data.batching import pad_rows
+from rlhf_tasks.models import position_ids, response_logits
+from rlhf_tasks.ppo.experience import Episodes, Experience, make_experience, per_token, response_masks, response_values
+from rlhf_tasks.ppo.functional import actor_loss, response_logprobs
+from rlhf_tasks.ppo.optimization import Learner, gradients
+from rlhf_tasks.training import adamw
+
+PAD, EOS, VOCABULARY = 0, 1, 300
+TINY = 1e-9
+few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+tokens = st.integers(2, VOCABULARY - 1)
+answers = st.tuples(st.lists(tokens, min_size=1, max_size=7), st.booleans())
+pairs = st.tuples(st.lists(tokens, min_size=1, max_size=6), answers)
+
+
+@st.composite
+def episodes(draw: st.DrawFn) -> Episodes:
+    """1 to 6 episodes of prompts of 1 to 6 tokens and answers of 1 to 8, with and without EOS."""
+    rows = draw(st.lists(pairs, min_size=1, max_size=6))
+    responses = [[*body, EOS] if ends else body for _, (body, ends) in rows]
+    return Episodes([prompt for prompt, _ in rows], responses, [ends for _, (_, ends) in rows])
+
+
+micro_batches = st.integers(1, 60)
+
+
+@pytest.fixture(scope="module")
+def models(_four: Any) -> Any:
+    """The four models in float64, where what should be equal is so to 1e-9."""
+    four = copy.deepcopy(_four)
+    for name in ("actor", "ref", "reward", "critic"):
+        getattr(four, name).double()
+    return four
+
+
+def experience(models: Any, of: Episodes, **options: Any) -> Experience:
+    ppo = config.PPO(**({"minibatches": 1, "score": config.Score(kind="raw")} | options))
+    made, _ = make_experience(
+        of, actor=models.actor, ref=models.ref, reward=models.reward, critic=models.critic, kl_coef=0.3, ppo=ppo,
+        temperature=0.8, score_statistics=(0.0, 1.0), pad_id=PAD,
+    )  # fmt: skip
+    return made
+
+
+def logprobs(models: Any, of: Episodes, micro_batch_tokens: int) -> Tensor:
+    def measure(batch: Any) -> tuple[Tensor, ...]:
+        logits = response_logits(models.actor, batch.input_ids, batch.attention_mask, batch.tokens.shape[1])
+        return (response_logprobs(logits, batch.tokens, 0.8),)
+
+    (found,) = per_token(measure, of, micro_batch_tokens, PAD, torch.device("cpu"))
+    return found
+
+
+def gradient(models: Any, of: Episodes, made: Experience, micro_batch_tokens: int) -> Tensor:
+    """Of Actor and Critic together, in one vector."""
+    learners = [Learner(m, adamw(m.parameters(), 1e-3)) for m in (models.actor, models.critic)]
+    ppo = config.PPO(minibatches=1, micro_batch_tokens=micro_batch_tokens, entropy_coef=0.01)
+    gradients(list(range(len(of.responses))), of, made, learners[0], learners[1], ppo, 0.8, True, PAD)
+    found = torch.cat([p.grad.flatten() for each in learners for p in each.model.parameters()])
+    for each in learners:
+        each.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def rows_of(made: Experience, order: Sequence[int]) -> list[Tensor]:
+    return [getattr(made, name)[list(order)] for name in made.__dataclass_fields__]
+
+
+@few
+@given(episodes(), micro_batches)
+def test_before_the_first_step_nothing_has_moved(models: Any, of: Episodes, micro_batch_tokens: int) -> None:
+    made = experience(models, of)
+    new = logprobs(models, of, micro_batch_tokens)
+    assert (new - made.old_logprobs).abs().max() < TINY
+    result = actor_loss(new, made.old_logprobs, made.advantages, made.mask, 0.2)
+    assert result.clip_fraction == 0
+    assert abs(result.loss) < 1e-6
+
+
+@few
+@given(episodes(), micro_batches)
+def test_a_minibatch_may_be_cut_anyhow(models: Any, of: Episodes, micro_batch_tokens: int) -> None:
+    made = experience(models, of)
+    whole, cut = (gradient(models, of, made, size) for size in (10**6, micro_batch_tokens))
+    assert (whole - cut).abs().max() <= TINY * max(1.0, whole.abs().max().item())
+
+
+@few
+@given(episodes(), st.integers(1, 5), micro_batches)
+def test_padding_on_the_left_changes_nothing(models: Any, of: Episodes, more: int, size: int) -> None:
+    """A longer prompt and a longer answer in the batch pad all the others."""
+    longest = [2] * (max(map(len, of.prompts)) + more)
+    wide = Episodes([*of.prompts, longest], [*of.responses, [3] * 9], [*of.ended, False])
+    width = max(map(len, of.responses))
+    assert (logprobs(models, wide, 10**6)[:-1, :width] - logprobs(models, of, size)).abs().max() < TINY
+
+
+@few
+@given(episodes(), st.randoms(use_true_random=False))
+def test_the_order_of_episodes_changes_nothing(models: Any, of: Episodes, random: Any) -> None:
+    order = list(range(len(of.responses)))
+    random.shuffle(order)
+    turned = Episodes(*([side[i] for i in order] for side in (of.prompts, of.responses, of.ended)))
+    made, again = experience(models, of), experience(models, turned)
+    for one, other in zip(rows_of(made, order), rows_of(again, range(len(order))), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)
+
+
+@few
+@given(episodes(), tokens)
+def test_a_value_does_not_know_its_token(models: Any, of: Episodes, token: int) -> None:
+    """Whatever stands at the last place, and after it, the values up to that place are the same."""
+    other = Episodes(of.prompts, [[*response[:-1], token, token] for response in of.responses], of.ended)
+    values = []
+    for each in (of, other):
+        (found,) = per_token(lambda batch: (response_values(models.critic, batch),), each, 40, PAD, torch.device("cpu"))
+        values.append(found[:, : max(map(len, of.responses))] * response_masks(of))
+    assert (values[0] - values[1]).abs().max() < TINY
+
+
+@few
+@given(episodes(), st.sampled_from(["k1", "k2", "k3", "abs"]))
+def test_rewards_sum_to_the_score_less_the_kl(models: Any, of: Episodes, estimator: Any) -> None:
+    made = experience(models, of, kl=config.KL(estimator=estimator))
+    d = (made.old_logprobs - made.ref_logprobs) * made.mask
+    kl = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d, "abs": d.abs()}[estimator].sum(1)
+    assert (made.rewards.sum(1) - (made.scores - 0.3 * kl)).abs().max() < 1e-7
+
+
+@few
+@given(episodes())
+def test_without_discount_returns_are_the_rewards_to_come(models: Any, of: Episodes) -> None:
+    made = experience(models, of, gamma=1.0, lam=1.0)
+    to_come = made.rewards.flip(1).cumsum(1).flip(1) * made.mask
+    assert (made.returns - to_come).abs().max() < 1e-7
+
+
+@few
+@given(episodes())
+@torch.no_grad()
+def test_decoding_with_a_cache_says_what_a_forward_pass_says(models: Any, of: Episodes) -> None:
+    (ids, mask), (answered, counted) = pad_rows(of.prompts, PAD, left=True), pad_rows(of.responses, PAD)
+    positions, cache, found = position_ids(mask), DynamicCache(config=models.actor.config), []
+    for place in range(answered.shape[1]):
+        logits = models.actor(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        ).logits  # fmt: skip
+        ids, positions = answered[:, place : place + 1], positions[:, -1:] + 1
+        found.append(response_logprobs(logits, ids, 0.8))
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    assert ((torch.cat(found, 1) - logprobs(models, of, 10**6)) * counted).abs().max() < TINY
