@@ -37,7 +37,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "a margin of 0.2 times the rating gap": {"reward.margin_scale": 0.2},
     "advantages not whitened": {"ppo.whiten_advantages": "false"},
     "Critic starts from SFT, not from Reward": {"ppo.critic_start": "sft"},
-    "cut answers keep their score": {"ppo.missing_eos.mode": "keep"},
+    "cut answers keep their score, length is not steered": {"ppo.missing_eos.mode": "keep"},
 }
 
 Metrics = dict[str, dict[str, Any]]

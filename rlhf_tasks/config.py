@@ -173,8 +173,9 @@ class Score(Section):
 class MissingEOS(Section):
     """What happens to the score of a response that reached its length without EOS or stop token."""
 
-    mode: Literal["keep", "replace", "subtract"] = "keep"
+    mode: Literal["keep", "replace", "subtract", "steer"] = "keep"
     value: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    rate: NonNegative = 3.0
 
 
 class Schedule(Section):

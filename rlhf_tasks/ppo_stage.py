@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from rlhf_tasks.models import (
 )
 from rlhf_tasks.ppo.experience import ScoreFunction
 from rlhf_tasks.ppo.functional import AdaptiveKL, FixedKL
-from rlhf_tasks.ppo.iteration import Fixed, PPOState, iterate
+from rlhf_tasks.ppo.iteration import Fixed, LengthControl, PPOState, iterate
 from rlhf_tasks.ppo.optimization import Learner
 from rlhf_tasks.ppo.rollout import Sampling
 from rlhf_tasks.reward_function import load_reward_function
@@ -114,12 +114,13 @@ def warn_of_bias(generation: config.Generation, ppo: config.PPO) -> None:
 
 
 def save_state(out: Path, state: PPOState) -> None:
-    """Write Actor, Critic, both optimizers, β and the counter: safetensors and JSON only."""
+    """Write Actor, Critic, both optimizers, β, the price of a cut and the counter: safetensors and JSON only."""
     save_model(state.actor.model, out / "actor")
     save_model(state.critic.model, out / "critic")
     for name, learner in (("actor", state.actor), ("critic", state.critic)):
         save_file(optimizer_tensors(learner.optimizer), out / f"{name}_optimizer.safetensors")
-    (out / "state.json").write_text(json.dumps({"iteration": state.iteration, "kl_coef": state.kl.coef}))
+    facts = {"iteration": state.iteration, "kl_coef": state.kl.coef, "length": asdict(state.length)}
+    (out / "state.json").write_text(json.dumps(facts))
 
 
 def load_state(folder: Path, state: PPOState) -> None:
@@ -128,6 +129,7 @@ def load_state(folder: Path, state: PPOState) -> None:
         load_optimizer_tensors(learner.optimizer, load_file(folder / f"{name}_optimizer.safetensors"))
     facts = json.loads((folder / "state.json").read_text())
     state.iteration, state.kl.coef = facts["iteration"], facts["kl_coef"]
+    state.length = LengthControl(**facts["length"])
 
 
 def run(*, state: Path, sft: Path, last: dict[str, float], out: Path) -> dict[str, float]:

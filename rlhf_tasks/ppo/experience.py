@@ -101,6 +101,7 @@ def make_experience(
     temperature: float,
     score_statistics: tuple[float, float],
     pad_id: int,
+    cut_price: float | None = None,
     score_function: ScoreFunction = ScoreFunction(),
 ) -> tuple[Experience, Tensor]:
     """Turn episodes into experience. Returns it and the Reward's raw scores `[B]`."""
@@ -125,7 +126,7 @@ def make_experience(
     mask = response_masks(episodes).to(old_logprobs.device)
     raw_scores = token_score.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
     combine = partial(score_function.combine, episodes=episodes)
-    scores = shape_scores(raw_scores, episodes.ended, ppo, score_statistics, combine)
+    scores = shape_scores(raw_scores, episodes.ended, ppo, score_statistics, combine, cut_price)
     rewards = assemble_rewards(scores, kl, mask, kl_coef)
     if ppo.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
@@ -143,10 +144,11 @@ def shape_scores(
     ppo: config.PPO,
     statistics: tuple[float, float],
     combine: Callable[[Tensor], Tensor] = lambda scores: scores,
+    cut_price: float | None = None,
 ) -> Tensor:
     """The score that PPO maximises, from the Reward's raw one: kind, what `combine` adds, missing-EOS rule, clip.
 
-    `[B] -> [B]`.
+    `[B] -> [B]`. `cut_price` is what `steer` subtracts at present; by default its first value.
     """
     mean, std = statistics
     kinds = {"raw": raw, "normalised": (raw - mean) / std, "sigmoid": torch.sigmoid(raw)}
@@ -154,8 +156,8 @@ def shape_scores(
     cut = ~torch.tensor(ended, device=scores.device)
     if rule.mode == "replace":
         scores = torch.where(cut, rule.value, scores)
-    elif rule.mode == "subtract":
-        scores = torch.where(cut, scores - rule.value, scores)
+    elif rule.mode in ("subtract", "steer"):
+        scores = torch.where(cut, scores - (rule.value if cut_price is None else cut_price), scores)
     return scores if ppo.score.clip is None else scores.clamp(-ppo.score.clip, ppo.score.clip)
 
 

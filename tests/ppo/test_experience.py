@@ -177,6 +177,7 @@ ENDED = [True, False, True, False]
         ({"missing_eos": config.MissingEOS(mode="keep", value=9.0)}, [-2.0, 0.0, 1.0, 5.0]),
         ({"missing_eos": config.MissingEOS(mode="replace", value=-1.0)}, [-2.0, -1.0, 1.0, -1.0]),
         ({"missing_eos": config.MissingEOS(mode="subtract", value=1.0)}, [-2.0, -1.0, 1.0, 4.0]),
+        ({"missing_eos": config.MissingEOS(mode="steer", value=1.0)}, [-2.0, -1.0, 1.0, 4.0]),
         (
             {"missing_eos": config.MissingEOS(mode="subtract", value=1.0), "score": config.Score(clip=2.0)},
             [-2, -1, 1, 2],
@@ -186,6 +187,12 @@ ENDED = [True, False, True, False]
 def test_scores_are_shaped_as_configured(settings: dict[str, Any], expected: list[float]) -> None:
     """Mean 0.5, standard deviation 2; the second and the fourth response did not end."""
     assert shape_scores(RAW, ENDED, ppo(**settings), STATISTICS).tolist() == pytest.approx(expected)
+
+
+def test_the_present_price_of_a_cut_is_what_counts() -> None:
+    settings = ppo(missing_eos=config.MissingEOS(mode="steer", value=1.0))
+    found = shape_scores(RAW, ENDED, settings, STATISTICS, cut_price=-0.5)
+    assert found.tolist() == pytest.approx([-2.0, 0.5, 1.0, 5.5])
 
 
 def test_the_shaped_score_is_what_experience_holds(four: Any, rollout: Episodes) -> None:
