@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
@@ -28,8 +28,8 @@ from rlhf_tasks.models import (
     stop_ids,
 )
 from rlhf_tasks.ppo.experience import ScoreFunction
-from rlhf_tasks.ppo.functional import AdaptiveKL, FixedKL
-from rlhf_tasks.ppo.iteration import Fixed, LengthControl, PPOState, iterate
+from rlhf_tasks.ppo.functional import AdaptiveKL, FixedKL, LengthControl
+from rlhf_tasks.ppo.iteration import Fixed, PPOState, iterate
 from rlhf_tasks.ppo.optimization import Learner
 from rlhf_tasks.ppo.rollout import Sampling
 from rlhf_tasks.reward_function import load_reward_function
@@ -81,6 +81,9 @@ class Trainer:
             kl=FixedKL(ppo.kl.coef)
             if ppo.kl.controller == "fixed"
             else AdaptiveKL(ppo.kl.coef, ppo.kl.target, ppo.kl.horizon),
+            length_control=LengthControl(ppo.missing_eos.value, ppo.missing_eos.rate)
+            if ppo.missing_eos.mode == "steer"
+            else None,
         )
         fixed = Fixed(
             ref=freeze(load_actor(sft, device)),
@@ -119,7 +122,9 @@ def save_state(out: Path, state: PPOState) -> None:
     save_model(state.critic.model, out / "critic")
     for name, learner in (("actor", state.actor), ("critic", state.critic)):
         save_file(optimizer_tensors(learner.optimizer), out / f"{name}_optimizer.safetensors")
-    facts = {"iteration": state.iteration, "kl_coef": state.kl.coef, "length": asdict(state.length)}
+    facts: dict[str, Any] = {"iteration": state.iteration, "kl_coef": state.kl.coef}
+    if control := state.length_control:
+        facts |= {"length_control": {"price": control.price, "slow": control.slow, "target": control.target}}
     (out / "state.json").write_text(json.dumps(facts))
 
 
@@ -129,7 +134,8 @@ def load_state(folder: Path, state: PPOState) -> None:
         load_optimizer_tensors(learner.optimizer, load_file(folder / f"{name}_optimizer.safetensors"))
     facts = json.loads((folder / "state.json").read_text())
     state.iteration, state.kl.coef = facts["iteration"], facts["kl_coef"]
-    state.length = LengthControl(**facts["length"])
+    if state.length_control:
+        state.length_control = replace(state.length_control, **facts["length_control"])
 
 
 def run(*, state: Path, sft: Path, last: dict[str, float], out: Path) -> dict[str, float]:

@@ -29,6 +29,8 @@ R = TypeVar("R")
 
 #: e^80 fits float32 with room to multiply; a ratio of that size is divergence anyhow, but must not become inf·0 = NaN
 LOG_RATIO_LIMIT = 80.0
+#: iterations in which the slow part of `LengthControl` moves by as much as the fast one
+SLOW_ITERATIONS = 15
 
 
 def _wide(function: Callable[P, R]) -> Callable[P, R]:
@@ -177,6 +179,35 @@ class AdaptiveKL:
         coef = self.coef * max(1 + error * episodes / self.horizon, 0.0)
         if math.isfinite(kl) and math.isfinite(coef):
             self.coef = coef
+
+
+@dataclass
+class LengthControl:
+    """The price of a cut answer, steered so that answers stay as long as SFT's (`ppo.missing_eos.mode: steer`).
+
+    A Reward has seen whole texts only, so how it likes one that was cut is an accident of its training. PPO finds such
+    an accident, and lets all answers run on, or end early. Here the price of being cut rises while answers are longer
+    than SFT's, and falls, below 0 too, while they are shorter: a PI controller, whose slow part comes to be worth the
+    accident. `price`, `slow` and `target` are the whole state; `target` is set by the first update.
+    """
+
+    price: float
+    rate: float
+    slow: float | None = None
+    target: float | None = None
+
+    def update(self, length: float) -> None:
+        """After each iteration, with e = length / target - 1; the first iteration's answers are SFT's, so e is 0 there:
+
+            slow ← slow + rate·e / 15        price ← slow + rate·e
+
+        Args: length: mean tokens of the iteration's answers.
+        """
+        if self.target is None or self.slow is None:
+            self.target, self.slow = length, self.price
+        error = length / self.target - 1
+        self.slow += self.rate * error / SLOW_ITERATIONS
+        self.price = self.slow + self.rate * error
 
 
 # --- Rewards and advantages -----------------------------------------------------------------------------------------

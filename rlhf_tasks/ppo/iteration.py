@@ -20,6 +20,7 @@ from rlhf_tasks.ppo.experience import Episodes, Experience, ScoreFunction, make_
 from rlhf_tasks.ppo.functional import (
     AdaptiveKL,
     FixedKL,
+    LengthControl,
     explained_variance,
     masked_mean,
     masked_var,
@@ -32,36 +33,6 @@ if TYPE_CHECKING:
     from rlhf_tasks import config
 
 
-#: the iterations in which the slow part of `LengthControl` moves by as much as the fast one
-SLOW_ITERATIONS = 15
-
-
-@dataclass
-class LengthControl:
-    """What a cut answer costs, steered so that answers stay as long as SFT's (`ppo.missing_eos.mode: steer`).
-
-    A Reward has seen whole texts only, so how it likes one that was cut is an accident of its training. PPO finds such
-    an accident, and lets all answers run on, or end early. Here the price of being cut rises while answers are longer
-    than SFT's, and falls, below 0 too, while they are shorter: a PI controller, whose slow part learns what the
-    Reward's liking is worth. All three numbers are state; None before the first iteration, whose Actor is SFT.
-    """
-
-    target: float | None = None
-    slow: float | None = None
-    price: float | None = None
-
-    def update(self, length: float, rule: config.MissingEOS) -> None:
-        """After each iteration, with the mean length of its answers in tokens and e = length / target - 1:
-
-        slow ← slow + rate·e / 15        price ← slow + rate·e
-        """
-        if self.target is None or self.slow is None:
-            self.target, self.slow = length, rule.value
-        error = length / self.target - 1
-        self.slow += rule.rate * error / SLOW_ITERATIONS
-        self.price = self.slow + rule.rate * error
-
-
 @dataclass
 class PPOState:
     """What an iteration changes."""
@@ -70,7 +41,7 @@ class PPOState:
     critic: Learner
     kl: FixedKL | AdaptiveKL
     iteration: int = 0
-    length: LengthControl = field(default_factory=LengthControl)
+    length_control: LengthControl | None = None  # with `ppo.missing_eos.mode: steer`
 
 
 @dataclass(frozen=True)
@@ -92,10 +63,10 @@ def iterate(state: PPOState, fixed: Fixed, ppo: config.PPO, seed: int) -> tuple[
         Its metrics (docs/metrics.md), a function of the state alone, and its timings in seconds.
     """
     iteration, clock = state.iteration + 1, Clock()
-    names = (seed, "ppo", iteration)
+    seed_names = (seed, "ppo", iteration)
 
     prompts = pick_prompts(fixed.prompts, ppo.batch, seed, iteration)
-    responses = sample_responses(state.actor.model, prompts, fixed.sampling, (*names, "sampling"))
+    responses = sample_responses(state.actor.model, prompts, fixed.sampling, (*seed_names, "sampling"))
     episodes = Episodes(prompts, responses, ended(responses, fixed.sampling.stop_ids))
     clock.lap("rollout")
 
@@ -110,7 +81,7 @@ def iterate(state: PPOState, fixed: Fixed, ppo: config.PPO, seed: int) -> tuple[
         temperature=fixed.sampling.temperature,
         score_statistics=fixed.score_statistics,
         score_function=fixed.score_function,
-        cut_price=state.length.price,
+        cut_price=state.length_control.price if state.length_control else None,
         pad_id=fixed.sampling.pad_id,
     )
     clock.lap("experience")
@@ -125,7 +96,7 @@ def iterate(state: PPOState, fixed: Fixed, ppo: config.PPO, seed: int) -> tuple[
         temperature=fixed.sampling.temperature,
         update_actor=iteration > ppo.critic_warmup,
         pad_id=fixed.sampling.pad_id,
-        seed_names=names,
+        seed_names=seed_names,
     )
     clock.lap("optimization")
 
@@ -133,9 +104,9 @@ def iterate(state: PPOState, fixed: Fixed, ppo: config.PPO, seed: int) -> tuple[
     metrics["policy/learning_rate"] = state.actor.optimizer.param_groups[0]["lr"]
     if iteration > ppo.critic_warmup:  # while the Actor waits its KL is 0, which says nothing of β
         state.kl.update(metrics["objective/kl"], ppo.batch)
-    if ppo.missing_eos.mode == "steer":
-        metrics["objective/cut_price"] = ppo.missing_eos.value if state.length.price is None else state.length.price
-        state.length.update(metrics["response/length"], ppo.missing_eos)
+    if state.length_control:
+        metrics["objective/cut_price"] = state.length_control.price
+        state.length_control.update(metrics["response/length"])
     state.iteration = iteration
     tokens = sum(len(response) for response in responses)
     return metrics, clock.seconds | {"response_tokens": float(tokens)}

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from rlhf_tasks import config
 from rlhf_tasks.ppo.experience import Episodes, Experience
-from rlhf_tasks.ppo.functional import AdaptiveKL, FixedKL
+from rlhf_tasks.ppo.functional import AdaptiveKL, FixedKL, LengthControl
 from rlhf_tasks.ppo.iteration import (
     Fixed,
-    LengthControl,
     PPOState,
     distinct_bigrams,
     iterate,
@@ -143,24 +142,28 @@ def test_beta_waits_while_the_critic_warms_up(four: Any) -> None:
 
 def test_a_cut_costs_more_while_answers_are_longer_than_sfts() -> None:
     """By hand: rate 3, first price 0.1; the first iteration's answers are SFT's."""
-    control, rule = LengthControl(), config.MissingEOS(mode="steer", value=0.1, rate=3.0)
-    control.update(20.0, rule)
+    control = LengthControl(price=0.1, rate=3.0)
+    control.update(20.0)
     assert (control.target, control.price) == (20.0, pytest.approx(0.1))
-    control.update(22.0, rule)  # a tenth longer
+    control.update(22.0)  # a tenth longer
     assert (control.slow, control.price) == (pytest.approx(0.12), pytest.approx(0.42))
-    control.update(16.0, rule)  # a fifth shorter
+    control.update(16.0)  # a fifth shorter
     assert (control.slow, control.price) == (pytest.approx(0.08), pytest.approx(-0.52))
     assert control.target == 20.0
 
 
 def test_steering_reaches_the_scores_and_the_metrics(four: Any) -> None:
-    settings = ppo(missing_eos=config.MissingEOS(mode="steer", value=0.25, rate=3.0))
+    settings = ppo(missing_eos=config.MissingEOS(mode="steer"))
     state, fixed = start(four, settings)
-    prices = [iterate(state, fixed, settings, seed=0)[0]["objective/cut_price"] for _ in range(3)]
-    assert prices[:2] == [0.25, 0.25]
-    assert prices[2] != 0.25
+    state.length_control = LengthControl(price=0.25, rate=3.0)
+    found = [iterate(state, fixed, settings, seed=0)[0] for _ in range(3)]
+    assert [metrics["objective/cut_price"] for metrics in found[:2]] == [0.25, 0.25]
+    assert found[2]["objective/cut_price"] != 0.25
     plain, fixed = start(four, ppo())
-    assert "objective/cut_price" not in iterate(plain, fixed, ppo(), seed=0)[0]
+    unsteered = iterate(plain, fixed, ppo(), seed=0)[0]
+    assert "objective/cut_price" not in unsteered
+    cut = unsteered["objective/shaped_score"] - found[0]["objective/shaped_score"]
+    assert cut == pytest.approx(0.25 * unsteered["response/truncation_rate"], abs=1e-6)
 
 
 def test_the_actor_learns_what_the_reward_likes(four: Any) -> None:
