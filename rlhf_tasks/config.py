@@ -9,11 +9,12 @@ from __future__ import annotations
 import difflib
 import io
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -194,9 +195,18 @@ class Schedule(Section):
 class RewardFunction(Section):
     """A Python callable that scores too: `(prompts, responses) -> a number each`."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
+    name: str | None = None
     weight: Finite = 1.0
     instead: bool = False
+
+    @field_validator("name", mode="after")
+    @classmethod
+    def _names_a_function(cls, name: str | None) -> str | None:
+        if name is not None and (".py:" in name or not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name)):
+            raise ValueError(
+                f"found {name!r}, expected `module:function`, as in my_rewards:no_shouting for my_rewards.py"
+            )
+        return name
 
     @model_validator(mode="after")
     def _has_a_name(self) -> RewardFunction:
@@ -419,7 +429,8 @@ def _sentence(problem: Any) -> str:
         known = _keys_of(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         everywhere = [k for k in _all_keys() if k.split(".")[-1] == location[-1]]
-        nearest = everywhere[:1] or [".".join([*location[:-1], name]) for name in near]
+        whole = difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.85)  # ppo.klcoef is ppo.kl.coef
+        nearest = everywhere[:1] or whole or [".".join([*location[:-1], name]) for name in near]
         hint = f"did you mean `{nearest[0]}`? " if nearest else ""
         return f"unknown key `{key}`; {hint}Allowed here: {', '.join(known)}"
     if problem["type"] == "missing":

@@ -127,7 +127,9 @@ def _device(root: Path, params: Params) -> Finding:
 
 def _evaluation_prompts(root: Path, params: Params) -> Finding:
     count, heldout = params.evaluate.prompts, root / "data/prepared/prompts/heldout.arrow"
-    have = len(TokenColumn(read_table(heldout), "input_ids")) if heldout.exists() else count
+    if not heldout.exists():
+        return Finding("evaluation", None, f"{count} held-out prompts, if prepare finds as many")
+    have = len(TokenColumn(read_table(heldout), "input_ids"))
     if count > have:
         return Finding("evaluation", False, f"evaluate.prompts: {count}, but there are {have} held-out prompts")
     if count < 100:
@@ -174,9 +176,30 @@ def _lengths(root: Path, params: Params) -> Finding:
     return Finding("lengths", True, f"prompt and response have at most {longest} tokens, the model {have} positions")
 
 
+class _Words:
+    """Stands in for a tokenizer where only texts are wanted: a row is its own text."""
+
+    def batch_decode(self, rows: list[list[str]], skip_special_tokens: bool) -> list[str]:
+        return [" ".join(row) for row in rows]
+
+
+def _reward_function(root: Path, params: Params) -> Finding:
+    """That it can be imported and called, before there is any model."""
+    score = load_reward_function(params.reward_function, _Words())
+    if score is None:
+        return Finding("reward function", True, "none is named")
+    prompts: Any = [["The", "film", "is"], ["A", "film"]]
+    responses: Any = [["good", "!"], ["that", "is", "bad"]]
+    first, again = (score(prompts, responses).tolist() for _ in range(2))
+    if first != again:
+        text = f"{params.reward_function.name}: other scores for the same texts, so no run could be made again"
+        return Finding("reward function", False, text)
+    return Finding("reward function", True, f"{params.reward_function.name}: scores two texts {first}")
+
+
 # Tokenizers ----------------------------------------------------------------------------------------------------------
 
-_WAITS = "prepare trains the tokenizer: `rlhf run --until reward`, then ask again"
+_WAITS = "prepare trains the tokenizer: `rlhf run --until prepare`, then ask again"
 
 
 def _tokenizer_folders(root: Path) -> list[Path]:
@@ -470,16 +493,16 @@ def _reward_scale(root: Path, batch: FirstBatch) -> Finding:
     return Finding("reward scale", True, f"{text}; PPO sees them {params.ppo.score.kind}")
 
 
-def _reward_function(root: Path, batch: FirstBatch) -> Finding:
+def _reward_spread(root: Path, batch: FirstBatch) -> Finding:
     settings = batch.params.reward_function
     score = load_reward_function(settings, batch.tokenizer)
     if score is None:
-        return Finding("reward function", True, "none is named")
+        return Finding("reward spread", True, "no reward function is named")
     found = score(batch.episodes.prompts, batch.episodes.responses)
     text = f"{settings.name}: from {found.min():.2f} to {found.max():.2f} on {len(found)} SFT answers"
     if found.min() == found.max():
-        return Finding("reward function", False, f"{text}: the same for all, so there is nothing to learn from it")
-    return Finding("reward function", True, text)
+        return Finding("reward spread", False, f"{text}: the same for all, so there is nothing to learn from it")
+    return Finding("reward spread", True, text)
 
 
 _BEFORE_MODELS: dict[str, Callable[[Path, Params], Finding]] = {
@@ -488,6 +511,7 @@ _BEFORE_MODELS: dict[str, Callable[[Path, Params], Finding]] = {
     "KL coefficient": _coefficient,
     "device": _device,
     "evaluation": _evaluation_prompts,
+    "reward function": _reward_function,
     "checkpoints": _checkpoints,
     "lengths": _lengths,
     "pad and EOS": _pad_and_eos,
@@ -508,5 +532,5 @@ _OF_MODELS: dict[str, Callable[[Path, FirstBatch], Finding]] = {
     "values": _value_and_action,
     "reward sign": _reward_sign,
     "reward scale": _reward_scale,
-    "reward function": _reward_function,
+    "reward spread": _reward_spread,
 }

@@ -6,6 +6,7 @@ It gets the prompts and the responses as texts, a list each, and returns a finit
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import sysconfig
 import traceback
@@ -89,9 +90,11 @@ def _forget_modules_of(folder: Path) -> None:
 
 
 def _told(error: Exception) -> str:
-    """An exception of a user's code in one line, with where it came from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    """An exception of a user's code in one line, with the place in that code."""
+    ours = (__file__, "<frozen")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    inside = [frame for frame in frames if not Path(frame.filename).is_relative_to(os.path.dirname(importlib.__file__))]
+    place = f" ({inside[-1].filename}:{inside[-1].lineno})" if inside else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 

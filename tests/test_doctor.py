@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -165,7 +166,29 @@ def test_a_reward_function_that_says_nothing(finished_copy: Workspace, monkeypat
     monkeypatch.chdir(finished_copy.root)
     monkeypatch.syspath_prepend(str(finished_copy.root))
     found = ill(finished_copy.root, "reward_function.name=says_nothing:score")
-    assert "the same for all" in found["reward function"]
+    assert "the same for all" in found["reward spread"]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return [1.0]", "returned [1.0], expected 2 finite numbers"),
+        ("return 1 / 0", "ZeroDivisionError"),
+        ("import random; return [random.random() for _ in prompts]", "other scores for the same texts"),
+        ("return [float(len(r)) for r in responses]", None),
+    ],
+)
+def test_a_reward_function_is_tried_before_there_is_any_model(
+    workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch, body: str, said: str | None
+) -> None:
+    new = workspace("reward_function.name=tried_early:score")
+    (new.root / "tried_early.py").write_text(f"def score(prompts, responses):\n    {body}\n")
+    monkeypatch.chdir(new.root)
+    monkeypatch.syspath_prepend(str(new.root))
+    monkeypatch.delitem(sys.modules, "tried_early", raising=False)  # of another of these projects
+    (finding,) = [f for f in examine(new.root, new.params) if f.name == "reward function"]
+    assert finding.ok is (said is None)
+    assert said is None or said in finding.text
 
 
 # Models that are not what they were ----------------------------------------------------------------------------------
