@@ -181,7 +181,8 @@ FORMS = dict(ROWS.values())
 
 
 def render(seeds: dict[int, Metrics], base: dict[int, dict[str, Any]], ablated: dict[str, Metrics]) -> str:
-    parts = [_seeds(seeds), _pairs(seeds, base), _best_of(seeds, base), _ablations(seeds, ablated)]
+    parts = [_seeds(seeds), _pairs(seeds, base), _best_of(seeds, base)]
+    parts += [_ablations(seeds, ablated)] if ablated else []
     prompts = f"{seeds[0]['evaluate']['prompts']:.0f}"
     return HEAD.replace("{prompts}", prompts) + "".join("\n" + "\n".join(lines) + "\n" for lines in parts)
 
@@ -268,9 +269,11 @@ def main() -> None:
         seeds[seed] = run(clone, {"seed": seed})
         base[seed] = baselines(clone)
     ablated: dict[str, Metrics] = {}
+    page = REPOSITORY / "docs/results.md"
+    page.write_text(render(seeds, base, ablated))
     for name, settings in ABLATIONS.items():
         ablated[name] = run(clone, settings)
-        (REPOSITORY / "docs/results.md").write_text(render(seeds, base, ablated))  # as far as it is
+        page.write_text(render(seeds, base, ablated))  # as far as it is
 
 
 if __name__ == "__main__":
