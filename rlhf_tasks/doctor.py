@@ -25,11 +25,10 @@ from rlhf_tasks.data.encoding import load_tokenizer as load_base_tokenizer
 from rlhf_tasks.data.tables import TokenColumn, read_table
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.models import load_score_statistics, load_tokenizer, position_ids, response_logits
-from rlhf_tasks.ppo.experience import Episodes, Experience, make_experience, per_token, response_values
+from rlhf_tasks.ppo.experience import Episodes, Experience, per_token, response_values
 from rlhf_tasks.ppo.functional import actor_loss, gae, kl_per_token, masked_mean, response_logprobs
-from rlhf_tasks.ppo.iteration import pick_prompts
+from rlhf_tasks.ppo.iteration import evaluate, roll_out
 from rlhf_tasks.ppo.optimization import gradients
-from rlhf_tasks.ppo.rollout import ended, sample_responses
 from rlhf_tasks.ppo_stage import Trainer
 from rlhf_tasks.reward import Pairs, wilson_interval
 from rlhf_tasks.reward_function import load_reward_function
@@ -280,22 +279,8 @@ class FirstBatch:
         )
         state, fixed = trainer.state, trainer.fixed
         count = min(EPISODES, params.ppo.batch, len(fixed.prompts))
-        prompts = pick_prompts(fixed.prompts, count, params.seed, 1)
-        responses = sample_responses(state.actor.model, prompts, fixed.sampling, (params.seed, "ppo", 1, "sampling"))
-        episodes = Episodes(prompts, responses, ended(responses, fixed.sampling.stop_ids))
-        experience, _ = make_experience(
-            episodes,
-            actor=state.actor.model,
-            ref=fixed.ref,
-            reward=fixed.reward,
-            critic=state.critic.model,
-            kl_coef=state.kl.coef,
-            ppo=params.ppo,
-            temperature=fixed.sampling.temperature,
-            score_statistics=fixed.score_statistics,
-            pad_id=fixed.sampling.pad_id,
-            score_function=fixed.score_function,
-        )
+        episodes = roll_out(state, fixed, count, params.seed)
+        experience, _ = evaluate(state, fixed, params.ppo, episodes)
         return cls(params, trainer, load_tokenizer(root / "checkpoints/sft"), episodes, experience)
 
     def logprobs(self, micro_batch_tokens: int) -> Tensor:
@@ -399,7 +384,7 @@ def _reward_sum(root: Path, batch: FirstBatch) -> Finding:
         return Finding("rewards", True, "whitened, or with the full KL: no plain sum to compare with")
     kl = kl_per_token(x.old_logprobs, x.ref_logprobs, ppo.kl.estimator)
     kl = torch.where(x.mask.bool(), kl, 0.0).sum(1)
-    wanted = x.scores - batch.trainer.state.kl.coef * kl
+    wanted = x.scores - batch.trainer.state.kl_control.coef * kl
     gap = ((x.rewards.sum(1) - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
     return _within("rewards", gap, LOGPROB_GAP, "between an episode's rewards and score - β·KL")
 

@@ -78,7 +78,7 @@ class Trainer:
         state = PPOState(
             actor=Learner(actor, adamw(actor.parameters(), ppo.actor_learning_rate)),
             critic=Learner(critic, adamw(critic.parameters(), ppo.critic_learning_rate)),
-            kl=FixedKL(ppo.kl.coef)
+            kl_control=FixedKL(ppo.kl.coef)
             if ppo.kl.controller == "fixed"
             else AdaptiveKL(ppo.kl.coef, ppo.kl.target, ppo.kl.horizon),
             length_control=LengthControl(ppo.missing_eos.value, ppo.missing_eos.rate)
@@ -122,7 +122,7 @@ def save_state(out: Path, state: PPOState) -> None:
     save_model(state.critic.model, out / "critic")
     for name, learner in (("actor", state.actor), ("critic", state.critic)):
         save_file(optimizer_tensors(learner.optimizer), out / f"{name}_optimizer.safetensors")
-    facts: dict[str, Any] = {"iteration": state.iteration, "kl_coef": state.kl.coef}
+    facts: dict[str, Any] = {"iteration": state.iteration, "kl_coef": state.kl_control.coef}
     if control := state.length_control:
         facts |= {"length_control": {"price": control.price, "slow": control.slow, "target": control.target}}
     (out / "state.json").write_text(json.dumps(facts))
@@ -133,7 +133,7 @@ def load_state(folder: Path, state: PPOState) -> None:
     for name, learner in (("actor", state.actor), ("critic", state.critic)):
         load_optimizer_tensors(learner.optimizer, load_file(folder / f"{name}_optimizer.safetensors"))
     facts = json.loads((folder / "state.json").read_text())
-    state.iteration, state.kl.coef = facts["iteration"], facts["kl_coef"]
+    state.iteration, state.kl_control.coef = facts["iteration"], facts["kl_coef"]
     if state.length_control:
         state.length_control = replace(state.length_control, **facts["length_control"])
 

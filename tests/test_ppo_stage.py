@@ -39,7 +39,7 @@ def test_an_iteration_from_disk_is_the_one_from_memory(finished: Any, tmp_path: 
         trainer.step(tmp_path / str(number))
     again = load(finished, ppo, tmp_path / "2")
     assert again.state.iteration == 2
-    assert again.state.kl == trainer.state.kl
+    assert again.state.kl_control == trainer.state.kl_control
     assert again.state.length_control == trainer.state.length_control
     assert again.state.length_control is not None
     assert again.state.length_control.target

@@ -39,7 +39,7 @@ class PPOState:
 
     actor: Learner
     critic: Learner
-    kl: FixedKL | AdaptiveKL
+    kl_control: FixedKL | AdaptiveKL
     iteration: int = 0
     length_control: LengthControl | None = None  # with `ppo.missing_eos.mode: steer`
 
@@ -63,31 +63,15 @@ def iterate(state: PPOState, fixed: Fixed, ppo: config.PPO, seed: int) -> tuple[
         Its metrics (docs/metrics.md), a function of the state alone, and its timings in seconds.
     """
     iteration, clock = state.iteration + 1, Clock()
-    seed_names = (seed, "ppo", iteration)
 
-    prompts = pick_prompts(fixed.prompts, ppo.batch, seed, iteration)
-    responses = sample_responses(state.actor.model, prompts, fixed.sampling, (*seed_names, "sampling"))
-    episodes = Episodes(prompts, responses, ended(responses, fixed.sampling.stop_ids))
+    episodes = roll_out(state, fixed, ppo.batch, seed)
     clock.lap("rollout")
 
-    experience, raw_scores = make_experience(
-        episodes,
-        actor=state.actor.model,
-        ref=fixed.ref,
-        reward=fixed.reward,
-        critic=state.critic.model,
-        kl_coef=state.kl.coef,
-        ppo=ppo,
-        temperature=fixed.sampling.temperature,
-        score_statistics=fixed.score_statistics,
-        score_function=fixed.score_function,
-        cut_price=state.length_control.price if state.length_control else None,
-        pad_id=fixed.sampling.pad_id,
-    )
+    experience, raw_scores = evaluate(state, fixed, ppo, episodes)
     clock.lap("experience")
 
     set_learning_rates(state, ppo)
-    learned = optimize(
+    updates = optimize(
         episodes,
         experience,
         actor=state.actor,
@@ -96,20 +80,46 @@ def iterate(state: PPOState, fixed: Fixed, ppo: config.PPO, seed: int) -> tuple[
         temperature=fixed.sampling.temperature,
         update_actor=iteration > ppo.critic_warmup,
         pad_id=fixed.sampling.pad_id,
-        seed_names=seed_names,
+        seed_names=(seed, "ppo", iteration),
     )
     clock.lap("optimization")
 
-    metrics = rollout_metrics(episodes, experience, raw_scores, state.kl.coef) | learned
+    metrics = rollout_metrics(episodes, experience, raw_scores, state.kl_control.coef) | updates
     metrics["policy/learning_rate"] = state.actor.optimizer.param_groups[0]["lr"]
     if iteration > ppo.critic_warmup:  # while the Actor waits its KL is 0, which says nothing of β
-        state.kl.update(metrics["objective/kl"], ppo.batch)
+        state.kl_control.update(metrics["objective/kl"], ppo.batch)
     if state.length_control:
         metrics["objective/cut_price"] = state.length_control.price
         state.length_control.update(metrics["response/length"])
     state.iteration = iteration
-    tokens = sum(len(response) for response in responses)
+    tokens = sum(len(response) for response in episodes.responses)
     return metrics, clock.seconds | {"response_tokens": float(tokens)}
+
+
+def roll_out(state: PPOState, fixed: Fixed, batch: int, seed: int) -> Episodes:
+    """Phase 1, rollout: the next iteration's first `batch` prompts, and the Actor's answer to each."""
+    iteration = state.iteration + 1
+    prompts = pick_prompts(fixed.prompts, batch, seed, iteration)
+    responses = sample_responses(state.actor.model, prompts, fixed.sampling, (seed, "ppo", iteration, "sampling"))
+    return Episodes(prompts, responses, ended(responses, fixed.sampling.stop_ids))
+
+
+def evaluate(state: PPOState, fixed: Fixed, ppo: config.PPO, episodes: Episodes) -> tuple[Experience, Tensor]:
+    """Phase 2, evaluation by all four models: the experience, and the Reward's raw scores `[B]`."""
+    return make_experience(
+        episodes,
+        actor=state.actor.model,
+        ref=fixed.ref,
+        reward=fixed.reward,
+        critic=state.critic.model,
+        kl_coef=state.kl_control.coef,
+        ppo=ppo,
+        temperature=fixed.sampling.temperature,
+        score_statistics=fixed.score_statistics,
+        score_function=fixed.score_function,
+        cut_price=state.length_control.price if state.length_control else None,
+        pad_id=fixed.sampling.pad_id,
+    )
 
 
 def pick_prompts(prompts: Sequence[TokenRow], batch: int, seed: int, iteration: int) -> list[list[int]]:

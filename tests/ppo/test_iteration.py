@@ -45,7 +45,7 @@ def start(four: Any, settings: config.PPO, kl: FixedKL | AdaptiveKL | None = Non
     state = PPOState(
         actor=Learner(models.actor, adamw(models.actor.parameters(), settings.actor_learning_rate)),
         critic=Learner(models.critic, adamw(models.critic.parameters(), settings.critic_learning_rate)),
-        kl=kl or FixedKL(0.05),
+        kl_control=kl or FixedKL(0.05),
     )
     return state, Fixed(models.ref, models.reward, PROMPTS, SAMPLING, (0.0, 1.0))
 
@@ -125,8 +125,8 @@ def test_beta_is_steered_after_the_iteration(four: Any) -> None:
     error = max(-0.2, min(0.2, metrics["objective/kl"] / 0.01 - 1))
     assert metrics["objective/kl_coef"] == pytest.approx(0.05)
     assert abs(error) == 0.2
-    assert state.kl.coef == pytest.approx(0.05 * (1 + error * 12 / 100))
-    used = state.kl.coef
+    assert state.kl_control.coef == pytest.approx(0.05 * (1 + error * 12 / 100))
+    used = state.kl_control.coef
     assert iterate(state, fixed, settings, seed=0)[0]["objective/kl_coef"] == pytest.approx(used)
 
 
@@ -135,9 +135,9 @@ def test_beta_waits_while_the_critic_warms_up(four: Any) -> None:
     settings = ppo(critic_warmup=1, kl=config.KL(controller="adaptive", target=50.0, horizon=100))
     state, fixed = start(four, settings, AdaptiveKL(0.05, target=50.0, horizon=100))
     iterate(state, fixed, settings, seed=0)
-    assert state.kl.coef == 0.05
+    assert state.kl_control.coef == 0.05
     iterate(state, fixed, settings, seed=0)
-    assert state.kl.coef < 0.05
+    assert state.kl_control.coef < 0.05
 
 
 def test_a_cut_costs_more_while_answers_are_longer_than_sfts() -> None:

@@ -123,7 +123,7 @@ def train(
     state = PPOState(
         actor=Learner(actor, adamw(actor.parameters(), 1.0)),
         critic=Learner(critic, adamw(critic.parameters(), 1.0)),
-        kl=kl,
+        kl_control=kl,
     )
     sampling = Sampling(length=PLACES, temperature=1.0, top_k=None, top_p=None, stop_ids=(EOS,), pad_id=PAD)
     fixed = Fixed(bandit.ref, bandit.reward, PROMPTS, sampling, (0.0, 1.0))
