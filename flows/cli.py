@@ -39,7 +39,10 @@ a changed parameter runs what depends on it, and a run that was killed goes on w
 * `rlhf run --refresh`: do it all again, and see whether it comes out the same
 * `rlhf run --from ppo --until evaluate`: only these stages, on what the earlier ones left
 * `rlhf preset trl`: write another convention of PPO into params.yaml
-* `rlhf status`: what is done, what is out of date, why
+* `rlhf status`: what is done, what is out of date; `rlhf why ppo`: what changed, from what to what
+* `rlhf lineage models:/rlhf-actor@champion`: where it came from, down to the raw data
+* `rlhf reproduce HEAD`: do it again in a clean folder: do all digests agree?
+* `rlhf gc`: what the store holds that nothing needs any more
 * `rlhf doctor`: is anything wrong with the configuration or the checkpoints?
 * `dvc repro`: the same work through DVC; `mlflow ui`: every run's curves and the registered models
 """,
@@ -94,6 +97,57 @@ def status() -> None:
     from flows.status import say_status
 
     say_status(root, params)
+
+
+@app.command()
+def why(name: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {STAGE_NAMES}.")]) -> None:
+    """Say why a stage would run again: what of its inputs changed since its last result, from what to what."""
+    root = Path.cwd()
+    stages_between(name, name)
+    params = load_params(root / "params.yaml")
+    from flows.status import say_why
+
+    say_why(root, params, name)
+
+
+@app.command()
+def lineage(
+    name: Annotated[
+        str, typer.Argument(metavar="[NAME]", help="models:/NAME@ALIAS, a git revision, or nothing: this checkout.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Print where an Actor came from: every stage, its parameters, code and inputs, down to the raw data."""
+    from flows.lineage import say_lineage
+
+    say_lineage(Path.cwd(), name, as_json=as_json)
+
+
+@app.command()
+def reproduce(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="models:/NAME@ALIAS or a git revision with its dvc.lock.")
+    ],
+    into: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where to; by default a new temporary folder.")
+    ] = None,
+) -> None:
+    """Do it all again in a clean folder, from git and DVC alone: exit 0 if every digest agrees, else 1."""
+    root = Path.cwd()
+    from flows import reproduce as reproduction
+
+    sys.exit(0 if reproduction.reproduce(root, name, into) else 1)
+
+
+@app.command()
+def gc(yes: Annotated[bool, typer.Option("--yes", help="Delete it.")] = False) -> None:
+    """Show what the store holds that nothing needs: no lock file, tag, branch, registered version, nor the next run."""
+    root = Path.cwd()
+    params = load_params(root / "params.yaml")
+    from flows.status import say_unneeded
+
+    with alone(root):
+        say_unneeded(root, params, delete=yes)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from flows.artifacts import publish_origin, publish_report
 from flows.console import console, say_settled, say_stage
 from flows.hooks import say_where_to_look
 from flows.record import Record, StageRecord
-from flows.tasks import Orders, run_ppo, run_stage
-from rlhf_tasks import engine, versioning
+from flows.tasks import Orders, run_ppo, run_stage, show_cached
+from rlhf_tasks import chain, engine, versioning
 from rlhf_tasks.config import load_params, set_params
 from rlhf_tasks.engine import Job, Workspace
 from rlhf_tasks.errors import UserError
@@ -151,13 +151,14 @@ def bring_up_to_date(
     """
     job, started = engine.plan(workspace, stage), time.monotonic()
     hit = find_result(workspace, job, vouched=vouched)
-    make = run_ppo if stage.name == "ppo" else run_stage
     try:
-        with (
-            nullcontext() if hit else device_slot(workspace, stage, orders),
-            nullcontext() if hit else record.working(),
-        ):
-            entry = make(workspace, job, hit, record, orders)
+        if hit:
+            show_cached(workspace, job, hit, record)
+            entry = hit
+        else:
+            make = run_ppo if stage.name == "ppo" else run_stage
+            with device_slot(workspace, stage, orders), record.working():
+                entry = make(workspace, job, record, orders)
         fresh = hit is None or not engine.exported(workspace, entry)
         engine.export(workspace, entry)
     except DamagedEntry as error:
@@ -182,7 +183,7 @@ def forget_results(workspace: Workspace, stages: list[Stage]) -> dict[str, str]:
         if entry := workspace.store.find(job.key):
             digests[stage.name] = entry.digest
         if stage.name == "ppo":
-            for iteration in engine.known_iterations(workspace):
+            for iteration in chain.known(workspace):
                 workspace.store.discard(iteration.manifest["key"])
         engine.forget(workspace, job)
     return digests

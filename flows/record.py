@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,10 @@ from rlhf_tasks import engine, registry, versioning
 from rlhf_tasks.config import flatten
 from rlhf_tasks.engine import Workspace
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.lineage import lineage_here
+from rlhf_tasks.origins import Origin, log_origin
 from rlhf_tasks.registry import Settled, TrackingContext
+from rlhf_tasks.source import LOCK, Source, source_of
 from rlhf_tasks.stages import STAGES, Stage
 from rlhf_tasks.store import Entry, digest_file, digest_path
 from rlhf_tasks.tracking import Status, Tracker, Unreachable, answered
@@ -72,7 +74,7 @@ class Record:
     """
 
     workspace: Workspace
-    lineage: dict[str, str]
+    source: Source
     tracker: Tracker = field(init=False)
     run_id: str = ""
     outage: str = ""
@@ -87,8 +89,7 @@ class Record:
                 middle, at the end.
             UserError: the registry holds something else under the name of the Actor.
         """
-        # lineage once: the run itself changes dvc.lock, and with it whether git is clean
-        record, patient = cls(workspace, lineage(workspace.root)), workspace.params.tracking.when_down == "continue"
+        record, patient = cls(workspace, source_of(workspace.root)), workspace.params.tracking.when_down == "continue"
         try:
             record._start([stage.name for stage in stages])
         except Unreachable as error:
@@ -125,7 +126,7 @@ class Record:
                 tracker.resume(known)
                 return
             name = "dvc repro" if versioning.inside_stage() else str(flow_run.name)
-            tags = {SESSION: name_of_session} | self.lineage
+            tags = {SESSION: name_of_session} | origin_tags(self.source)
             self.run_id = tracker.start_pipeline(flatten(self.workspace.params), tags, name)
 
     @unless_down
@@ -151,12 +152,12 @@ class Record:
     def origin(self) -> dict[str, str]:
         """Where the record is and what the run came from, for whoever comes from Prefect."""
         if self.outage:
-            return {"MLflow": f"not recorded: {self.outage}"} | self.lineage | dvc_lock(self.workspace.root)
+            return {"MLflow": f"not recorded: {self.outage}"} | origin_tags(self.source) | dvc_lock(self.workspace.root)
         experiment = self.tracker.experiment_id
         return {
             "MLflow run": self.tracker.link(self.run_id),
             "MLflow experiment": experiment,
-            **self.lineage,
+            **origin_tags(self.source),
             **dvc_lock(self.workspace.root),
         }
 
@@ -175,7 +176,7 @@ class StageRecord:
     @unless_down
     def start(self) -> None:
         tracker, params = self.parent.tracker, self.parent.workspace.params
-        self.run_id = tracker.start_stage(self.parent.run_id, self.stage.name, self.parent.lineage)
+        self.run_id = tracker.start_stage(self.parent.run_id, self.stage.name, origin_tags(self.parent.source))
         read = tuple(f"{section}." for section in self.stage.sections)
         tracker.log_params(self.run_id, {k: v for k, v in flatten(params).items() if f"{k}.".startswith(read)})
 
@@ -249,9 +250,10 @@ class StageRecord:
             run_id=self.run_id,
             actor_digest=digest_path(actor),
             lock=workspace.store.root / "locks" / "registry",
-            tags=self.parent.lineage | dvc_lock(workspace.root) | digests,
+            tags=origin_tags(self.parent.source) | dvc_lock(workspace.root) | digests,
             example=self._example(),
         )
+        self._keep_origin()
         self.settled = registry.settle(
             register_=workspace.params.register_,
             generation=workspace.params.generation,
@@ -260,19 +262,31 @@ class StageRecord:
             tracking=context,
         )
 
+    def _keep_origin(self) -> None:
+        """The tree down to the raw data, with the run that made each stage, where the version will be looked for."""
+        root, tracker, source = self.parent.workspace.root, self.parent.tracker, self.parent.source
+        document = lineage_here(self.parent.workspace, source)
+        document["runs"] = {"MLflow": self.parent.run_id, "Prefect": str(flow_run.id)}
+        for facts in document["stages"].values():
+            if maker := tracker.maker_of(facts["key"]):
+                tags = maker.data.tags
+                facts["runs"] = {"MLflow": maker.info.run_id, "Prefect": tags.get("prefect.flow_run_id")}
+                facts["git"] = {"commit": tags.get("mlflow.source.git.commit"), "dirty": tags.get("rlhf.git_dirty")}
+        lock = root / LOCK
+        log_origin(tracker, self.run_id, Origin(document, source.patch, lock.read_bytes() if lock.exists() else b""))
+
     def _example(self) -> str:
         path = self.parent.workspace.root / STAGES["evaluate"].outs["samples.jsonl"]
         with path.open(encoding="utf-8") as file:
             return json.loads(file.readline())["prompt"]
 
 
-def lineage(root: Path) -> dict[str, str]:
+def origin_tags(source: Source) -> dict[str, str]:
     """What a run came from: git commit and whether it was dirty, the Prefect flow run."""
     tags: dict[str, str] = {}
-    commit = _git(root, "rev-parse", "HEAD")
-    if commit:
-        tags["mlflow.source.git.commit"] = commit
-        tags["rlhf.git_dirty"] = str(bool(_git(root, "status", "--porcelain"))).lower()
+    if source.commit:
+        tags["mlflow.source.git.commit"] = source.commit
+        tags["rlhf.git_dirty"] = str(source.dirty).lower()
     if flow_run.id:
         tags["prefect.flow_run_id"] = str(flow_run.id)
         tags["prefect.flow_run_name"] = str(flow_run.name)
@@ -283,8 +297,3 @@ def dvc_lock(root: Path) -> dict[str, str]:
     """The digest of dvc.lock as a tag, where there is one."""
     path = root / "dvc.lock"
     return {"rlhf.dvc_lock": digest_file(path)} if path.exists() else {}
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,71 +1,115 @@
-"""`rlhf status`: what is done and what is not, without running anything."""
+"""`rlhf status` and `rlhf why`: what is done, what is not, and why, without running anything."""
 
 from __future__ import annotations
 
 import logging
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from flows.console import console
-from rlhf_tasks import engine, versioning
 from rlhf_tasks.config import Params
-from rlhf_tasks.errors import UserError
+from rlhf_tasks.engine import Workspace
+from rlhf_tasks.explain import Change, Standing, standings, when
 from rlhf_tasks.report import headline
-from rlhf_tasks.stages import STAGES, Stage
 
 
 def say_status(root: Path, params: Params) -> None:
     """Print a line for every stage."""
-    logging.getLogger("rlhf_tasks").setLevel(logging.ERROR)
-    workspace = engine.Workspace(root, params)
+    found = _standings(root, params)
     table = Table(show_edge=False, pad_edge=False)
     for column in ("stage", "state", "result", ""):
         table.add_column(column, overflow="fold")
-    waiting = ""
-    for stage in STAGES.values():
-        state, digest, text = _state(workspace, stage)
-        if state != "done" and not waiting and _vouched(workspace, stage):
-            state, text = "done", "pulled: in dvc.lock and in the workspace"
-        if waiting:  # its inputs are about to change
-            state, digest, text = "waits", "", f"for {waiting}"
-        elif state != "done":
-            waiting = stage.name
-        table.add_row(stage.name, state, digest[:12], Text(text))
+    for standing in found:
+        table.add_row(standing.stage.name, *_state(standing))
     console.print(table)
-    if waiting:
-        console.print(f"\n`rlhf run` goes on with {waiting}.")
+    if waiting := next((s.stage.name for s in found if not s.done), None):
+        console.print(f"\n`rlhf run` goes on with {waiting}; `rlhf why {waiting}` says what changed.")
 
 
-def _vouched(workspace: engine.Workspace, stage: Stage) -> bool:
-    """Whether `rlhf run` would take the workspace's outs over, because dvc.lock vouches for them."""
-    try:
-        return engine.adoptable(workspace, stage) and stage.name not in _outdated(workspace.root)
-    except UserError:  # no DVC here
-        return False
+def say_why(root: Path, params: Params, name: str) -> None:
+    """Print what a stage, and those before it that have to run first, have to run for."""
+    found = _standings(root, params)
+    wanted = next(i for i, standing in enumerate(found) if standing.stage.name == name)
+    if found[wanted].done:
+        _say(found[wanted])
+        return
+    for standing in found[: wanted + 1]:
+        if not standing.done and (standing.changes or not standing.waits_for or standing is found[wanted]):
+            _say(standing)
 
 
-@cache
-def _outdated(root: Path) -> set[str]:
-    return versioning.outdated_stages(root)
+def say_unneeded(root: Path, params: Params, *, delete: bool) -> None:
+    """Print what the store holds that nothing needs, and delete it if told so."""
+    from rlhf_tasks import gc
+
+    workspace = Workspace(root, params)
+    found = gc.unneeded(workspace)
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("what", "entries", "frees"):
+        table.add_column(column)
+    counted: dict[str, list[int]] = {}
+    for item in found:
+        counted.setdefault(item.what.split(" ")[0], []).append(item.size)
+    for what, sizes in counted.items():
+        table.add_row(what, str(len(sizes)), _megabytes(sum(sizes)))
+    if found:
+        console.print(table)
+    total = _megabytes(sum(sum(sizes) for sizes in counted.values()))
+    if not found:
+        console.print("nothing: all that is stored is needed")
+    elif delete:
+        gc.delete(workspace, found)
+        console.print(f"deleted: {total}")
+    else:
+        console.print(f"`rlhf gc --yes` frees {total} of {workspace.store.root}", soft_wrap=True)
 
 
-def _state(workspace: engine.Workspace, stage: Stage) -> tuple[str, str, str]:
-    """`done` and what came out, or `to do` and how far it is."""
-    try:
-        job = engine.plan(workspace, stage)
-    except UserError as error:
-        return "to do", "", str(error)
-    entry = workspace.store.find(job.key)
-    if entry and (engine.exported(workspace, entry) or entry.has_payload()):
-        return "done", entry.digest, headline(stage.name, entry.manifest["metrics"])
-    if stage.name == "ppo":
-        chain = engine.known_iterations(workspace)
-        kept = max((i for i, entry in enumerate(chain, start=1) if entry.has_payload()), default=0)
-        if kept:
-            return "to do", "", f"{kept} of {workspace.params.ppo.iterations} iterations are done"
-    if workspace.store.partial(job.key).exists():
-        return "to do", "", "begun"
-    return "to do", "", engine.why(workspace, job)
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _standings(root: Path, params: Params) -> list[Standing]:
+    logging.getLogger("rlhf_tasks").setLevel(logging.ERROR)
+    return standings(Workspace(root, params))
+
+
+def _state(standing: Standing) -> tuple[str, str, Text]:
+    if standing.waits_for:
+        return "waits", "", Text(f"for {standing.waits_for}")
+    if standing.entry:
+        text = headline(standing.stage.name, standing.entry.manifest["metrics"])
+        return "done", standing.entry.digest[:12], Text(text)
+    return "done" if standing.done else "to do", "", Text(standing.text)
+
+
+def _say(standing: Standing) -> None:
+    name = standing.stage.name
+    if standing.done:
+        made = f"{standing.entry.digest[:12]}, of {when(standing.entry)}" if standing.entry else standing.text
+        console.print(f"{name}: done ({made}); nothing that it depends on has changed", soft_wrap=True)
+        return
+    waits = f"waits for {standing.waits_for}" if standing.waits_for else "to do"
+    if not standing.changes:
+        console.print(f"{name}: {waits}; {standing.text}" if standing.text else f"{name}: {waits}", soft_wrap=True)
+        return
+    last = f"its result {standing.last.digest[:12]}, of {when(standing.last)}, is" if standing.last else "it was"
+    console.print(f"{name}: {waits}; {last} of something else:", soft_wrap=True)
+    table = Table(show_edge=False, pad_edge=False, box=None)
+    for column in ("", "what", "before", "now"):
+        table.add_column(column, overflow="fold")
+    for change in standing.changes:
+        table.add_row(change.part, Text(change.name), *map(Text, _values(change)))
+    console.print(table)
+
+
+def _values(change: Change) -> tuple[str, str]:
+    return tuple(_shown(change.part, value) for value in (change.before, change.now))  # type: ignore[return-value]
+
+
+def _shown(part: str, value: Any) -> str:
+    if value is None:
+        return "none"
+    return str(value)[:12] if part in ("inputs", "code") else str(value)

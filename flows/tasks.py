@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 from prefect import task
 from prefect.states import Completed
 
 from flows.artifacts import Progress
 from flows.record import StageRecord
-from rlhf_tasks import engine
+from rlhf_tasks import chain, engine
 from rlhf_tasks.engine import Job, Workspace
 from rlhf_tasks.store import Entry
 
@@ -40,60 +41,66 @@ class Orders:
         return None if self.deadline is None else max(0.01, self.deadline - time.monotonic())
 
 
-def run_stage(workspace: Workspace, job: Job, hit: Entry | None, record: StageRecord, orders: Orders) -> Entry:
+def run_stage(workspace: Workspace, job: Job, record: StageRecord, orders: Orders) -> Entry:
     """A stage that is one task."""
 
-    def work() -> Entry:
+    def work() -> list[Entry]:
         with Progress(job.stage) as progress:
-            return engine.perform(workspace, job, lambda row, total: record.watch(row, total, progress))
+            return [engine.perform(workspace, job, lambda row, total: record.watch(row, total, progress))]
 
-    return run_task(job, job.stage, hit, work, orders)
+    return run_task(job, job.stage, work, orders)[-1]
 
 
-def run_ppo(workspace: Workspace, job: Job, hit: Entry | None, record: StageRecord, orders: Orders) -> Entry:
-    """The ppo stage: a task an iteration, each from the state that its parent left, and one that collects them."""
-    total = workspace.params.ppo.iterations
-    known = engine.known_iterations(workspace)
-    if hit and len(known) < total:  # adopted from DVC, which keeps no iterations
-        return run_task(job, "ppo", hit, lambda: hit, orders)
-    done = known if hit else known[: engine.usable_iterations(known)]
-    hits = len(done)
+def run_ppo(workspace: Workspace, job: Job, record: StageRecord, orders: Orders) -> Entry:
+    """The ppo stage: tasks of one or more iterations, each from the state that its parent left, and one to end it."""
+    done, total = chain.usable(chain.known(workspace)), workspace.params.ppo.iterations
     with Progress("ppo") as progress:
-        for iteration in range(1, total + 1):
-            parent = done[iteration - 2] if iteration > 1 else None
-            step = engine.plan_iteration(workspace, iteration, parent)
-            entry = run_task(
-                step,
-                f"ppo-{iteration:03d}",
-                done[iteration - 1] if iteration <= hits else None,
-                partial(engine.perform_iteration, workspace, step, parent),
-                orders,
-            )
-            if iteration > hits:
-                done.append(entry)
-                engine.prune_iterations(done)
+
+        def show(entry: Entry) -> None:
             record.iteration(entry)
-            progress(iteration, total, entry.manifest["metrics"])
-    return run_task(job, "ppo", hit, lambda: engine.finish_ppo(workspace, job, done), orders)
+            progress(entry.manifest["identity"]["iteration"], total, entry.manifest["metrics"])
+
+        show_cached_iterations(workspace, done, show)
+        jobs = chain.plan(workspace)
+        while len(done) < total:
+            last = len(done) + chain.task_length(workspace, done)
+            advance = partial(chain.advance, workspace, done, show)
+            done = run_task(jobs[last - 1], f"ppo-{last:03d}", advance, orders)
+    return run_task(job, "ppo", lambda: [chain.finish(workspace, job, done)], orders)[-1]
 
 
-def run_task(job: Job, name: str, hit: Entry | None, work: Callable[[], Entry], orders: Orders) -> Entry:
-    """A piece of work as a Prefect task under our key. What the store has is Cached, whatever Prefect remembers."""
-    entry: list[Entry] = [hit] if hit else []
+def show_cached(workspace: Workspace, job: Job, hit: Entry, record: StageRecord) -> None:
+    """A stage whose result is there, with all that it was when it was made."""
+    if job.stage == "ppo":
+        show_cached_iterations(workspace, chain.known(workspace), record.iteration)
+    cached_task(job, job.stage, hit)
+
+
+def show_cached_iterations(workspace: Workspace, done: list[Entry], show: Callable[[Entry], None]) -> None:
+    """Iterations that need not be done again, each a task that Prefect shows as Cached."""
+    for iteration, (job, entry) in enumerate(zip(chain.plan(workspace), done, strict=False), start=1):
+        cached_task(job, f"ppo-{iteration:03d}", entry)
+        show(entry)
+
+
+def run_task(job: Job, name: str, work: Callable[[], list[Entry]], orders: Orders) -> list[Entry]:
+    """A piece of work as a Prefect task under our key. It is run whatever Prefect remembers: the store lacks it."""
+    entries: list[Entry] = []
 
     def body() -> object:
-        if hit:
-            return Completed(name="Cached", message="found in the store", data=asdict(hit.ref))
-        entry.append(work())
-        return asdict(entry[0].ref)
+        entries.extend(work())
+        return asdict(entries[-1].ref)
 
     keyed_task.with_options(
-        name=job.stage,
-        task_run_name=name,
-        refresh_cache=hit is None,
-        timeout_seconds=orders.seconds_left(),
+        name=job.stage, task_run_name=name, refresh_cache=True, timeout_seconds=orders.seconds_left()
     )(job.key, body)
-    return entry[0]
+    return entries
+
+
+def cached_task(job: Job, name: str, entry: Entry) -> None:
+    """A task that Prefect shows as Cached, whatever it remembers: the store has its result."""
+    state: Any = Completed(name="Cached", message="found in the store", data=asdict(entry.ref))
+    keyed_task.with_options(name=job.stage, task_run_name=name)(job.key, lambda: state)
 
 
 @task(

@@ -275,6 +275,12 @@ class Register(Section):
     gate: Gate = Gate()
 
 
+class Saving(Section):
+    """How often PPO's state is saved; it decides nothing but what a kill costs, so it is in no key."""
+
+    iterations_per_task: Count | Literal["auto"] = 1
+
+
 class Tracking(Section):
     """How a run goes about its record in MLflow; no result depends on it."""
 
@@ -295,6 +301,7 @@ class Params(Section):
     ppo: PPO = PPO()
     evaluate: Evaluate = Evaluate()
     register_: Register = Field(default=Register(), alias="register")
+    saving: Saving = Saving()
     tracking: Tracking = Tracking()
 
     def section(self, name: str) -> Any:

@@ -27,16 +27,15 @@ from typing import Any
 from rlhf_tasks.closure import PACKAGE, SOURCE_ROOT, import_closure, installed_closure, user_closure
 from rlhf_tasks.config import Params, load_params
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.stages import STAGES, Stage, producer
-from rlhf_tasks.store import DamagedEntry, Entry, Store, digest_file, digest_json, digest_path, place
+from rlhf_tasks.stages import LINEAGE, STAGES, Stage, producer
+from rlhf_tasks.store import Entry, Store, digest_file, digest_json, digest_path, place
 
 log = logging.getLogger(__name__)
 
 #: told of every step of a stage: a row of its series, and how many steps there are
 Watch = Callable[[dict[str, Any], int], None]
 
-ITERATION = "ppo-iteration"
-PAYLOADS_KEPT = 2
+STORE_VARIABLE = "RLHF_STORE"  # a folder that several clones may share
 _SIMD = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
 
 
@@ -58,6 +57,11 @@ class Job:
     key: str
     identity: dict[str, Any]
 
+    @classmethod
+    def of(cls, identity: dict[str, Any]) -> Job:
+        """The job whose result depends on this and nothing else."""
+        return cls(identity["stage"], digest_json(identity), identity)
+
 
 @dataclass
 class Workspace:
@@ -69,7 +73,8 @@ class Workspace:
     live_trainer: tuple[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self.store = Store(state_folder(self.root) / "store")
+        shared = os.environ.get(STORE_VARIABLE)
+        self.store = Store(Path(shared).resolve() if shared else state_folder(self.root) / "store")
 
 
 def project_folder(root: Path) -> Path:
@@ -92,16 +97,18 @@ def plan(workspace: Workspace, stage: Stage) -> Job:
     Raises:
         UserError: an input is missing; the message says which stage makes it.
     """
-    return _job(stage.name, stage, workspace, parameters(workspace.params, stage))
+    return Job.of(identity(workspace, stage, parameters(workspace.params, stage)))
 
 
-def plan_iteration(workspace: Workspace, iteration: int, parent: Entry | None) -> Job:
-    """The job of one PPO iteration, whose parent's state it goes on from."""
-    stage = STAGES["ppo"]
-    settings = parameters(workspace.params, stage)
-    settings["ppo"] = {name: value for name, value in settings["ppo"].items() if name != "iterations"}
-    facts = {"iteration": iteration, "parent": parent.digest if parent else None}
-    return _job(ITERATION, stage, workspace, settings, **facts)
+def identity(workspace: Workspace, stage: Stage, settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the result of a stage with these parameters depends on."""
+    return {
+        "stage": stage.name,
+        "parameters": settings,
+        "inputs": _input_digests(workspace, stage),
+        "code": {file: _CODE[file] for file in import_closure(stage.module)} | _installed_code(workspace, stage),
+        "environment": _environment(stage, workspace.params.runtime.device),
+    }
 
 
 def parameters(params: Params, stage: Stage) -> dict[str, Any]:
@@ -127,18 +134,6 @@ def check_sources(params: Params, root: Path, stages: list[Stage]) -> None:
     for stage in stages:
         for path in external_inputs(params, root, stage):
             _digest_input(root, path, stage)
-
-
-def _job(name: str, stage: Stage, workspace: Workspace, settings: dict[str, Any], **facts: Any) -> Job:
-    identity = {
-        "stage": name,
-        **facts,
-        "parameters": settings,
-        "inputs": _input_digests(workspace, stage),
-        "code": {file: _CODE[file] for file in import_closure(stage.module)} | _installed_code(workspace, stage),
-        "environment": _environment(stage),
-    }
-    return Job(name, digest_json(identity), identity)
 
 
 def _installed_code(workspace: Workspace, stage: Stage) -> dict[str, str]:
@@ -168,12 +163,22 @@ def _digest_input(root: Path, path: str, stage: Stage) -> str:
 
 
 @cache
-def _environment(stage: Stage) -> dict[str, Any]:
+def _environment(stage: Stage, device: str) -> dict[str, Any]:
     """What changes numbers beside code and parameters."""
     facts: dict[str, Any] = {name: version(name) for name in stage.libraries}
     if "runtime" in stage.sections:
         facts |= {"machine": platform.machine(), "simd": _simd(), "dtype": "float32"}
+        facts |= _gpu() if device == "cuda" else {}
     return facts
+
+
+def _gpu() -> dict[str, str | None]:
+    """The GPU that torch would use; none is an answer that the stage itself gives."""
+    import torch  # slow, and most commands need no more of it
+
+    if not torch.cuda.is_available():
+        return {}
+    return {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
 
 
 def _simd() -> list[str]:
@@ -182,30 +187,6 @@ def _simd() -> list[str]:
     except OSError:
         return []
     return [name for name in _SIMD if name in flags]
-
-
-def why(workspace: Workspace, job: Job) -> str:
-    """What is different from the last result of the stage that the store knows, in a few words."""
-    earlier = [entry for entry in workspace.store.entries() if entry.manifest["identity"]["stage"] == job.stage]
-    if not earlier:
-        return "never done here"
-    last = max(earlier, key=lambda entry: (entry.folder / "manifest.json").stat().st_mtime).manifest["identity"]
-    reasons = []
-    for part in ("parameters", "inputs", "code", "environment"):
-        old, new = _flat(last[part]), _flat(job.identity[part])
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
-                values = "" if part in ("inputs", "code") else f" {old.get(name)} -> {new.get(name)}"
-                reasons.append(f"{name}{values}")
-    return "changed: " + ", ".join(reasons[:4]) + (f" and {len(reasons) - 4} more" if len(reasons) > 4 else "")
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested mappings with dotted keys."""
-    if not isinstance(value, dict):
-        return {name: value}
-    inner = (_flat(v, f"{name}.{k}" if name else str(k)) for k, v in value.items())
-    return {k: v for part in inner for k, v in part.items()}
 
 
 def changed_since(workspace: Workspace, job: Job) -> bool:
@@ -223,8 +204,8 @@ def _edited(stage: Stage) -> bool:
 
 
 @contextmanager
-def _nothing_changes(workspace: Workspace, job: Job) -> Iterator[Callable[[], None]]:
-    """Watch what a job was planned with: yields a check to make before its result is stored.
+def nothing_changes(workspace: Workspace, stage: Stage, job: Job) -> Iterator[Callable[[], None]]:
+    """Watch what a job of a stage was planned with: yields a check to make before its result is stored.
 
     Code is looked at once the stage's module has been imported, which may be long after this process began, and again
     at the end; inputs by content, and by what changes when a file is replaced and put back.
@@ -232,7 +213,6 @@ def _nothing_changes(workspace: Workspace, job: Job) -> Iterator[Callable[[], No
     Raises:
         UserError: here or in the check: nothing is stored under a key of what may not have been read.
     """
-    stage = STAGES["ppo" if job.stage == ITERATION else job.stage]
     importlib.import_module(stage.module)
 
     def check() -> None:
@@ -272,7 +252,7 @@ def perform(workspace: Workspace, job: Job, watch: Watch) -> Entry:
         partial, started = store.partial(job.key), time.time()
         partial.mkdir(parents=True, exist_ok=True)
         with (
-            _nothing_changes(workspace, job) as check,
+            nothing_changes(workspace, stage, job) as check,
             store.writing(job.key) as out,
             Recorder(watch, partial / "series.jsonl") as recorder,
         ):
@@ -280,95 +260,11 @@ def perform(workspace: Workspace, job: Job, watch: Watch) -> Entry:
             offered = {"partial": partial, "progress": recorder}
             wanted = {name: value for name, value in offered.items() if name in inspect.signature(run).parameters}
             metrics = run(**arguments, **wanted, out=out)
-            _save_curve(stage, out, recorder.series)
+            save_curve(stage, out, recorder.series)
+            save_lineage(job, out)
             perf = {"seconds": time.time() - started}
             check()
             return store.commit(job.key, out, job.identity, metrics=metrics, series=recorder.series, perf=perf)
-
-
-def perform_iteration(workspace: Workspace, job: Job, parent: Entry | None) -> Entry:
-    """Run one PPO iteration from its parent's state, in memory if it is still there, and store the state it leaves.
-
-    Raises:
-        DamagedEntry: the parent's state is not what was written; the caller starts from an earlier one.
-    """
-    store, iteration = workspace.store, job.identity["iteration"]
-    with store.lock(job.key):
-        entry = store.find(job.key)
-        if entry and entry.has_payload():
-            return entry
-        with _nothing_changes(workspace, job) as check, store.writing(job.key) as out:
-            trainer = _trainer(workspace, parent)
-            workspace.live_trainer = None  # until the step is done its state is nobody's
-            metrics, timings = trainer.step(out)
-            seconds = sum(v for k, v in timings.items() if k.endswith("_seconds"))
-            row = {"step": iteration, "time_ms": int(time.time() * 1000), "values": metrics}
-            check()
-            entry = store.commit(
-                job.key, out, job.identity, metrics=metrics, series=[row], perf=timings | {"seconds": seconds}
-            )
-        workspace.live_trainer = (entry.digest, trainer)
-        return entry
-
-
-def finish_ppo(workspace: Workspace, job: Job, iterations: list[Entry]) -> Entry:
-    """Make the ppo stage's result of its last iteration's state and everybody's curve."""
-    stage, store = STAGES["ppo"], workspace.store
-    last = iterations[-1]
-    with store.lock(job.key), _nothing_changes(workspace, job) as check, store.writing(job.key) as out:
-        last.verify()
-        run = importlib.import_module(stage.module).run
-        metrics = run(
-            state=last.payload, sft=workspace.root / stage.inputs["sft"], last=last.manifest["metrics"], out=out
-        )
-        series = [row for entry in iterations for row in entry.manifest["series"]]
-        _save_curve(stage, out, series)
-        perf = {"seconds": sum(entry.manifest["perf"]["seconds"] for entry in iterations)}
-        check()
-        return store.commit(job.key, out, job.identity, metrics=metrics, series=series, perf=perf)
-
-
-def known_iterations(workspace: Workspace) -> list[Entry]:
-    """The chain of finished iterations from the first on, as far as it goes, by their manifests."""
-    chain: list[Entry] = []
-    while len(chain) < workspace.params.ppo.iterations:
-        job = plan_iteration(workspace, len(chain) + 1, chain[-1] if chain else None)
-        entry = workspace.store.find(job.key)
-        if entry is None:
-            break
-        chain.append(entry)
-    return chain
-
-
-def usable_iterations(chain: list[Entry]) -> int:
-    """How many iterations of the chain need not be done again to go on: up to the last whole payload."""
-    for count in range(len(chain), 0, -1):
-        if chain[count - 1].has_payload():
-            try:
-                chain[count - 1].verify()
-                return count
-            except DamagedEntry as error:
-                log.warning("%s; going on from an earlier iteration", error)
-                chain[count - 1].prune()
-    return 0
-
-
-def prune_iterations(chain: list[Entry]) -> None:
-    """Keep the last payloads and every manifest."""
-    for entry in chain[:-PAYLOADS_KEPT]:
-        entry.prune()
-
-
-def _trainer(workspace: Workspace, parent: Entry | None) -> Any:
-    if workspace.live_trainer and parent and workspace.live_trainer[0] == parent.digest:
-        return workspace.live_trainer[1]
-    if parent:
-        parent.verify()
-    stage = STAGES["ppo"]
-    arguments = {name: workspace.params.section(name) for name in stage.sections}
-    arguments |= {name: workspace.root / path for name, path in stage.inputs.items()}
-    trainer = importlib.import_module(stage.module).Trainer
-    return trainer.load(**arguments, parent=parent.payload if parent else None)
 
 
 class Recorder:
@@ -405,7 +301,7 @@ class Recorder:
         self.series.append(row)
 
 
-def _save_curve(stage: Stage, out: Path, series: list[dict[str, Any]]) -> None:
+def save_curve(stage: Stage, out: Path, series: list[dict[str, Any]]) -> None:
     """The series as `curve.csv` for DVC's plots: no times, only what is a function of the inputs."""
     if "curve.csv" not in stage.outs:
         return
@@ -414,6 +310,16 @@ def _save_curve(stage: Stage, out: Path, series: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=["step", *columns])
         writer.writeheader()
         writer.writerows({"step": row["step"], **row["values"]} for row in series)
+
+
+def save_lineage(job: Job, out: Path) -> None:
+    """What the result depends on, beside it: so that git and DVC alone can tell."""
+    (out / LINEAGE).write_text(lineage_text(job.identity))
+
+
+def lineage_text(identity: dict[str, Any]) -> str:
+    """The text of `lineage.json`."""
+    return json.dumps(identity, indent=1, sort_keys=True) + "\n"
 
 
 # Workspace -----------------------------------------------------------------------------------------------------------

@@ -101,6 +101,11 @@ def load_score_statistics(reward: Path) -> tuple[float, float]:
     return statistics["mean"], statistics["std"]
 
 
+def load_sft_length(reward: Path) -> float:
+    """Mean tokens of the same samples, EOS included."""
+    return float(json.loads((reward / SCORE_STATISTICS).read_text())["length"])
+
+
 def stop_ids(model: Any, tokenizer: Any, stop: str | None) -> list[int]:
     """Every token that ends a response: the tokenizer's and the model's EOS, and the configured stop token.
 

@@ -21,6 +21,7 @@ from rlhf_tasks.models import (
     load_actor,
     load_score_statistics,
     load_scorer,
+    load_sft_length,
     load_tokenizer,
     new_scorer,
     save_model,
@@ -81,7 +82,7 @@ class Trainer:
             kl_control=FixedKL(ppo.kl.coef)
             if ppo.kl.controller == "fixed"
             else AdaptiveKL(ppo.kl.coef, ppo.kl.target, ppo.kl.horizon),
-            length_control=LengthControl(ppo.missing_eos.value, ppo.missing_eos.rate)
+            length_control=LengthControl(ppo.missing_eos.value, ppo.missing_eos.rate, load_sft_length(reward))
             if ppo.missing_eos.mode == "steer"
             else None,
         )
@@ -99,11 +100,13 @@ class Trainer:
             load_state(parent, state)
         return cls(state, fixed, ppo, seed)
 
-    def step(self, out: Path) -> tuple[dict[str, float], dict[str, float]]:
-        """Run the next iteration and save its state. Returns its metrics and its timings in seconds."""
-        metrics, timings = iterate(self.state, self.fixed, self.ppo, self.seed)
+    def step(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Run the next iteration. Returns its metrics and its timings in seconds."""
+        return iterate(self.state, self.fixed, self.ppo, self.seed)
+
+    def save(self, out: Path) -> None:
+        """Write the state that the iteration left."""
         save_state(out, self.state)
-        return metrics, timings
 
 
 def warn_of_bias(generation: config.Generation, ppo: config.PPO) -> None:
@@ -124,7 +127,7 @@ def save_state(out: Path, state: PPOState) -> None:
         save_file(optimizer_tensors(learner.optimizer), out / f"{name}_optimizer.safetensors")
     facts: dict[str, Any] = {"iteration": state.iteration, "kl_coef": state.kl_control.coef}
     if control := state.length_control:
-        facts |= {"length_control": {"price": control.price, "slow": control.slow, "target": control.target}}
+        facts |= {"length_control": {"price": control.price, "slow": control.slow}}
     (out / "state.json").write_text(json.dumps(facts))
 
 

@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import math
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -173,6 +174,39 @@ def find_version(name: str, actor_digest: str, tracking_uri: str) -> int | None:
     query = f"name = '{name}' and tags.{DIGEST} = '{actor_digest}'"
     versions = MlflowClient(tracking_uri).search_model_versions(query)
     return max((int(version.version) for version in versions), default=None)
+
+
+def registered_versions(name: str, tracking_uri: str) -> list[int]:
+    """The numbers of all versions under a name."""
+    return [int(version.version) for version in MlflowClient(tracking_uri).search_model_versions(f"name = '{name}'")]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version, the run that registered it, and when (UTC)."""
+
+    name: str
+    version: int
+    run_id: str
+    created: str
+
+
+def find_registered(uri: str, tracking_uri: str) -> Registered:
+    """The version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names.
+
+    Raises:
+        UserError: the registry has none.
+    """
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
+    if not match:
+        raise UserError(f"{uri}: expected models:/NAME@ALIAS or models:/NAME/VERSION")
+    (name, alias, number), client = match.groups(), MlflowClient(tracking_uri)
+    try:
+        found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+    except MlflowException:
+        raise UserError(f"{uri}: the MLflow registry has no such version") from None
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(found.creation_timestamp / 1000))
+    return Registered(name, int(found.version), str(found.run_id), created)
 
 
 def champion(name: str, tracking_uri: str) -> int | None:

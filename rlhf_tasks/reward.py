@@ -180,7 +180,7 @@ def wilson_interval(successes: float, count: int, z: float = 1.959964) -> tuple[
 def score_statistics(
     model: Any, sft: Path, prompts: Path, generation: config.Generation, samples: int, seed: int, device: torch.device
 ) -> dict[str, float]:
-    """Mean and standard deviation of the score on the SFT model's own responses to training prompts.
+    """Mean and standard deviation of the score on the SFT model's own responses to training prompts, and their length.
 
     Raises:
         UserError: every sample has the same score.
@@ -200,7 +200,8 @@ def score_statistics(
             f"the Reward scores all {samples} SFT samples alike ({scores.mean():.3g}): nothing for PPO to learn; "
             "raise reward.epochs or reward.learning_rate, or look at the preference pairs"
         )
-    return {"mean": scores.mean().item(), "std": scores.std().item(), "samples": samples}
+    length = sum(len(answer) for answer in answers) / samples
+    return {"mean": scores.mean().item(), "std": scores.std().item(), "length": length, "samples": samples}
 
 
 def _optimizer(model: Any, settings: config.Reward) -> torch.optim.AdamW:

@@ -11,6 +11,8 @@ from types import MappingProxyType
 
 from rlhf_tasks.errors import UserError
 
+LINEAGE = "lineage.json"
+
 
 @dataclass(frozen=True, eq=False)
 class Stage:
@@ -20,7 +22,8 @@ class Stage:
         module: where the stage's `run` is; its import closure is in the stage's key.
         sections: dotted keys of params.yaml that it reads, and nothing else of params.yaml.
         inputs: argument of `run` -> workspace path of an earlier stage's out.
-        outs: name in the stage's result -> workspace path.
+        outs: name in the stage's result -> workspace path; all have `metrics.json`, and `lineage.json` with everything
+            that the result depends on.
         libraries: installed distributions whose version changes the result.
     """
 
@@ -35,6 +38,10 @@ class Stage:
     def metrics(self) -> str:
         return self.outs["metrics.json"]
 
+    @property
+    def lineage(self) -> str:
+        return self.outs[LINEAGE]
+
 
 _TRAINING = ("torch", "transformers", "numpy")
 _SFT_DATA, _PAIRS, _PROMPTS = "data/prepared/sft", "data/prepared/pairs", "data/prepared/prompts"
@@ -45,7 +52,7 @@ _SFT, _REWARD, _ACTOR, _CRITIC = "checkpoints/sft", "checkpoints/reward", "check
 def _stage(
     name: str, module: str, sections: str, inputs: dict[str, str], outs: dict[str, str], libraries: tuple[str, ...]
 ) -> Stage:
-    outs = outs | {"metrics.json": f"metrics/{name}.json"}
+    outs = outs | {"metrics.json": f"metrics/{name}.json", LINEAGE: f"lineage/{name}.json"}
     return Stage(name, module, tuple(sections.split()), MappingProxyType(inputs), MappingProxyType(outs), libraries)
 
 

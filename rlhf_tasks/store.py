@@ -14,15 +14,18 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import socket
+import stat
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.processes import process_started
@@ -30,6 +33,37 @@ from rlhf_tasks.processes import process_started
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
+MANIFEST_BYTES = 64 << 20  # a foreign one may be any size
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _File(_Strict):
+    size: int
+    sha256: str
+
+
+class _Row(_Strict):
+    step: int
+    time_ms: int
+    values: dict[str, float]
+
+
+class _Manifest(_Strict):
+    """What manifest.json has to be; anything else is somebody else's."""
+
+    schema_: int = Field(alias="schema")
+    key: str
+    identity: dict[str, Any]
+    digest: str
+    parts: dict[str, str]
+    files: dict[str, _File]
+    metrics: dict[str, float]
+    series: list[_Row]
+    perf: dict[str, float]
+    adopted: bool = False
 
 
 class DamagedEntry(RuntimeError):
@@ -115,21 +149,20 @@ class Entry:
 
     def has_payload(self) -> bool:
         """Whether every file is there with the right size: enough for a hit that nobody reads."""
-        return all(
-            (path := self.payload / name).is_file() and path.stat().st_size == facts["size"]
-            for name, facts in self.manifest["files"].items()
-        )
+        sizes = {name: facts["size"] for name, facts in self.manifest["files"].items()}
+        return bool(sizes) and sizes == _sizes(self.payload)
 
     def verify(self) -> None:
         """Compare every file with its SHA-256.
 
         Raises:
-            DamagedEntry: a file is missing or differs.
+            DamagedEntry: a file is missing, differs, or was never part of it.
         """
+        if not self.has_payload():
+            raise DamagedEntry(f"{self.payload}: not the files that were written there")
         for name, facts in self.manifest["files"].items():
-            path = self.payload / name
-            if not path.is_file() or digest_file(path) != facts["sha256"]:
-                raise DamagedEntry(f"{path}: missing or not what was written there")
+            if digest_file(self.payload / name) != facts["sha256"]:
+                raise DamagedEntry(f"{self.payload / name}: not what was written there")
 
     def prune(self) -> None:
         """Delete the payload, keep the manifest."""
@@ -161,16 +194,14 @@ class Store:
 
     def find(self, key: str) -> Entry | None:
         """The entry of a key, if its manifest is whole; its payload may have been pruned."""
-        folder = self.root / key
+        path = self.root / key / "manifest.json"
         try:
-            manifest = json.loads((folder / "manifest.json").read_bytes())
-            if manifest["schema"] == SCHEMA and manifest["key"] == key and _names_are_safe(manifest["files"]):
-                return Entry(folder, manifest)
-            log.warning("%s: a foreign or older manifest, ignored; the work is done again", folder)
+            return Entry(path.parent, _read_manifest(path, key))
         except FileNotFoundError:
             pass
-        except (ValueError, KeyError, TypeError):
-            log.warning("%s: a damaged manifest, ignored; the work is done again", folder)
+        except (OSError, ValueError, RecursionError) as error:
+            reason = str(error).splitlines()[0][:200]
+            log.warning("%s: damaged or foreign, ignored (%s); the work is done again", path, reason)
         return None
 
     def entries(self) -> Iterator[Entry]:
@@ -205,28 +236,39 @@ class Store:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def commit(self, key: str, payload: Path, identity: dict[str, Any], **record: Any) -> Entry:
+    def commit(
+        self,
+        key: str,
+        payload: Path,
+        identity: dict[str, Any],
+        *,
+        metrics: Mapping[str, float],
+        series: list[dict[str, Any]],
+        perf: Mapping[str, float],
+        adopted: bool = False,
+    ) -> Entry:
         """Make a filled payload the entry of a key: digests, manifest, sync, rename.
 
         Args:
             identity: all that the key was made from.
-            record: what else the manifest keeps, such as `metrics`, `series` and `perf`.
+            metrics: final numbers, which with the `series` of rows (`step`, `time_ms`, `values`) are shown of it.
+            perf: seconds and the like, to which those of digesting and syncing are added as `save_seconds`.
+            adopted: whether it was taken over from the workspace instead of made.
         """
-        files = {
-            name: {"size": (payload / name).stat().st_size, "sha256": digest_file(payload / name)}
-            for name in _files(payload)
-        }
-        digests = {name: facts["sha256"] for name, facts in files.items()}
-        parts: dict[str, Any] = {}
-        for top in sorted({name.split("/")[0] for name in files}):
-            inner = {name[len(top) + 1 :]: sha for name, sha in digests.items() if name.startswith(top + "/")}
-            parts[top] = digest_json(inner) if inner else digests[top]
-        manifest = {"schema": SCHEMA, "key": key, "identity": identity, "digest": digest_json(digests)}
-        manifest |= {"parts": parts, "files": files} | record
+        started = time.perf_counter()
+        digests = {name: digest_file(payload / name) for name in _files(payload)}
+        files = {name: {"size": (payload / name).stat().st_size, "sha256": sha} for name, sha in digests.items()}
         folder = payload.parent
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, allow_nan=False))
         for name in files:
             (payload / name).chmod(0o444)
+        _sync(payload)
+        perf = dict(perf)
+        if files:
+            perf["save_seconds"] = perf.get("save_seconds", 0.0) + time.perf_counter() - started
+        manifest = {"schema": SCHEMA, "key": key, "identity": identity, "digest": digest_json(digests)}
+        manifest |= {"parts": _parts(digests), "files": files, "metrics": metrics, "series": series, "perf": perf}
+        manifest |= {"adopted": True} if adopted else {}
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, allow_nan=False))
         _sync(folder)
         self.discard(key)
         folder.rename(self.root / key)
@@ -319,9 +361,57 @@ def _files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
-def _names_are_safe(files: dict[str, Any]) -> bool:
-    """No file name of a foreign manifest may leave its entry's folder."""
-    return all(not name.startswith("/") and not re.search(r"(^|/)\.\.(/|$)", name) for name in files)
+def _read_manifest(path: Path, key: str) -> dict[str, Any]:
+    """A manifest whose parts agree with each other and with its key.
+
+    Raises:
+        ValueError: it is not ours, or not whole.
+    """
+    if path.is_symlink() or path.parent.is_symlink():
+        raise ValueError("a link to another place")
+    if (size := path.stat().st_size) > MANIFEST_BYTES:
+        raise ValueError(f"{size} bytes")
+    manifest: dict[str, Any] = json.loads(path.read_bytes(), parse_constant=_no_such_number)
+    _Manifest.model_validate(manifest)
+    names = manifest["files"]
+    if any(not _is_inside(name) for name in names):
+        raise ValueError("a file name that leaves its folder")
+    digests = {name: facts["sha256"] for name, facts in names.items()}
+    found = (manifest["schema"], manifest["key"], manifest["digest"], manifest["parts"])
+    if found != (SCHEMA, digest_json(manifest["identity"]), digest_json(digests), _parts(digests)):
+        raise ValueError("its digests do not agree")
+    if manifest["key"] != key:
+        raise ValueError("another key than its folder's name")
+    return manifest
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file below a folder, by relative name; a link, a pipe or the like has -1, as nobody wrote it."""
+    found = {} if folder.is_symlink() else {path: path.lstat() for path in folder.rglob("*")}
+    return {
+        path.relative_to(folder).as_posix(): facts.st_size if stat.S_ISREG(facts.st_mode) else -1
+        for path, facts in found.items()
+        if not stat.S_ISDIR(facts.st_mode)
+    }
+
+
+def _no_such_number(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file name of a manifest stays below its entry's payload."""
+    pure = PurePosixPath(name)
+    return "\0" not in name and str(pure) == name != "." and not pure.is_absolute() and ".." not in pure.parts
+
+
+def _parts(digests: Mapping[str, str]) -> dict[str, str]:
+    """Digest of each top-level file or folder, as `digest_path` gives it, from every file's."""
+    parts: dict[str, str] = {}
+    for top in sorted({name.split("/")[0] for name in digests}):
+        inner = {name[len(top) + 1 :]: sha for name, sha in digests.items() if name.startswith(top + "/")}
+        parts[top] = digest_json(inner) if inner else digests[top]
+    return parts
 
 
 def _sync(folder: Path) -> None:

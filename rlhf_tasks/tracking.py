@@ -179,6 +179,14 @@ class Tracker:
         found = self.client.search_runs([self.experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
         return found[0].info.run_id if found else None
 
+    def maker_of(self, key: str) -> Run | None:
+        """The run of the stage that made the result of a key; if it is not known, one that found it made."""
+        for cached in ("false", "true"):
+            query = f"tags.`rlhf.key` = '{key}' and tags.`rlhf.cached` = '{cached}'"
+            if found := self.client.search_runs([self.experiment_id], query, max_results=1):
+                return found[0]
+        return None
+
     def resume(self, run_id: str) -> None:
         """Go on with a run that another process closed: it is RUNNING again, and owned by this process."""
         self.client.update_run(run_id, status="RUNNING")
@@ -275,6 +283,17 @@ class Tracker:
             self.client.log_artifacts(run_id, str(path), folder)
         else:
             self.client.log_artifact(run_id, str(path), folder)
+
+    def fetch_artifacts(self, run_id: str, folder: str, target: Path) -> Path:
+        """Copy a folder of a run's artifacts below `target`, and say where it is.
+
+        Raises:
+            FileNotFoundError: there is no such run or folder.
+        """
+        try:
+            return Path(self.client.download_artifacts(run_id, folder, str(target)))
+        except (MlflowException, OSError) as error:
+            raise FileNotFoundError(f"MLflow run {run_id}: no artifacts {folder}") from error
 
     def set_note(self, run_id: str, markdown: str) -> None:
         """The description that MLflow's UI shows on top of the run."""

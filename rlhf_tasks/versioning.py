@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rlhf_tasks.closure import import_closure
 from rlhf_tasks.config import Params, load_params
 from rlhf_tasks.engine import external_inputs
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.source import LOCK, git
 from rlhf_tasks.stages import STAGES, Stage
 
 HEADER = """\
@@ -79,6 +81,60 @@ def outdated_stages(root: Path) -> set[str]:
 def record(root: Path, stage: Stage) -> None:
     """Write a finished stage into dvc.lock and its outs into DVC's cache."""
     _dvc(root, "--wait-for-lock", "commit", "--force", stage.name)
+
+
+def read_at(root: Path, revision: str, path: str) -> bytes:
+    """An out, or dvc.lock, as it is at a git revision: from git, DVC's cache or its remote.
+
+    Raises:
+        UserError: the revision, or the file in it, is not there.
+    """
+    if path == LOCK:
+        return committed_lock(root, revision)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "file"
+        try:
+            _dvc(root, "get", ".", path, "--rev", revision, "--out", str(target))
+        except UserError as error:
+            raise UserError(f"{path} of {revision}: {error}; `dvc push` where it is, or `dvc fetch` here") from None
+        return target.read_bytes()
+
+
+def committed_lock(root: Path, revision: str) -> bytes:
+    """dvc.lock as git has it.
+
+    Raises:
+        UserError: there is no such revision, or no dvc.lock in it.
+    """
+    if not git(root, "rev-parse", "--verify", f"{revision}^{{commit}}"):
+        raise UserError(
+            f"{revision}: no git revision of {root}; expected one, or models:/NAME@ALIAS or models:/NAME/VERSION"
+        )
+    lock = git(root, "show", f"{revision}:{LOCK}")
+    if not lock:
+        raise UserError(f"{revision}: has no {LOCK}; commit it after a run (`git add {LOCK} && git commit`)")
+    return lock
+
+
+def cached_files(root: Path, md5: str) -> dict[str, str]:
+    """The files of an out by their md5, from DVC's cache: one, named "", or a folder's; none if it is not there."""
+    if not md5.endswith(".dir"):
+        return {"": md5}
+    path = Path(_dvc(root, "cache", "dir").strip()) / "files/md5" / md5[:2] / md5[2:]
+    return {file["relpath"]: file["md5"] for file in json.loads(path.read_bytes())} if path.exists() else {}
+
+
+def pull_sources(root: Path, origin: Path) -> None:
+    """Have the data that git tracks by `.dvc` files in a clone: from the origin's cache, or from the remote."""
+    tracked = git(root, "ls-files", "*.dvc").decode().splitlines()
+    if not tracked:
+        return
+    cache = _dvc(origin, "cache", "dir").strip()
+    _dvc(root, "remote", "add", "--local", "--force", "origin-cache", cache)
+    try:
+        _dvc(root, "pull", "--remote", "origin-cache", *tracked)
+    except UserError:
+        _dvc(root, "pull", *tracked)
 
 
 def _dvc(root: Path, *arguments: str) -> str:

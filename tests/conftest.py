@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_tasks import config, engine
+from rlhf_tasks import chain, config, engine
 from rlhf_tasks.config import load_params, parse_assignments, set_params
 from rlhf_tasks.data.encoding import train_tokenizer
 from rlhf_tasks.engine import Workspace
@@ -98,7 +98,7 @@ def tiny_scorer(tiny_actor: Path, tokenizer: Any, tmp_path_factory: pytest.TempP
     with torch.no_grad():
         model.score.weight.mul_(10)
     save_model(model, folder, tokenizer)
-    (folder / SCORE_STATISTICS).write_text(json.dumps({"mean": 0.5, "std": 2.0, "samples": 16}))
+    (folder / SCORE_STATISTICS).write_text(json.dumps({"mean": 0.5, "std": 2.0, "length": 6.0, "samples": 16}))
     return folder
 
 
@@ -174,6 +174,28 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Workspa
     return make
 
 
+@pytest.fixture
+def sketch(workspace: Callable[..., Workspace]) -> Workspace:
+    """A project in which every stage's outs lie as small stand-ins: enough to plan, nothing was trained."""
+    project = workspace()
+    for stage in STAGES.values():
+        for path in stage.outs.values():
+            target = project.root / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.suffix:
+                target.write_text(path)
+            else:
+                target.mkdir()
+                (target / "file").write_text(path)
+    return project
+
+
+@pytest.fixture
+def write_model(tiny_actor: Path) -> Callable[[Path], None]:
+    """Writes a small model folder, safetensors and tokenizer."""
+    return lambda folder: shutil.copytree(tiny_actor, folder)
+
+
 @pytest.fixture(scope="session")
 def run_stages() -> Callable[..., dict[str, Entry]]:
     """Runs stages as the flows do, without them: `run_stages(workspace, "prepare", "sft")` gives their entries."""
@@ -184,20 +206,17 @@ def run_stages() -> Callable[..., dict[str, Entry]]:
             for name in names or [name for name in STAGES if name != "register"]:
                 job = engine.plan(workspace, STAGES[name])
                 if name == "ppo":
-                    entries[name] = engine.finish_ppo(workspace, job, iterations(workspace))
+                    entries[name] = chain.finish(workspace, job, iterations(workspace))
                 else:
                     entries[name] = engine.perform(workspace, job, watch)
                 engine.export(workspace, entries[name])
         return entries
 
     def iterations(workspace: Workspace) -> list[Entry]:
-        chain = engine.known_iterations(workspace)
-        del chain[engine.usable_iterations(chain) :]
-        while len(chain) < workspace.params.ppo.iterations:
-            parent = chain[-1] if chain else None
-            job = engine.plan_iteration(workspace, len(chain) + 1, parent)
-            chain.append(engine.perform_iteration(workspace, job, parent))
-        return chain
+        done = chain.usable(chain.known(workspace))
+        while len(done) < workspace.params.ppo.iterations:
+            done = chain.advance(workspace, done, lambda entry: None)
+        return done
 
     return run
 

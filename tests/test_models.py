@@ -18,6 +18,7 @@ from rlhf_tasks.models import (
     load_actor,
     load_score_statistics,
     load_scorer,
+    load_sft_length,
     load_tokenizer,
     new_actor,
     new_scorer,
@@ -168,6 +169,7 @@ def test_a_model_has_one_text_on_disk(four: Any, tiny_actor: Path, tmp_path: Pat
 
 def test_score_statistics_are_read_from_the_rewards_folder(tiny_scorer: Path) -> None:
     assert load_score_statistics(tiny_scorer) == (0.5, 2.0)
+    assert load_sft_length(tiny_scorer) == 6.0
 
 
 @pytest.mark.parametrize("load", [load_actor, load_scorer])

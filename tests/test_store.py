@@ -19,10 +19,22 @@ from typing import Any
 import pytest
 
 from rlhf_tasks import store as store_module
-from rlhf_tasks.store import DamagedEntry, Entry, Ref, Store, canonical_json, digest_file, digest_path, place, remove
+from rlhf_tasks.store import (
+    DamagedEntry,
+    Entry,
+    Ref,
+    Store,
+    canonical_json,
+    digest_file,
+    digest_json,
+    digest_path,
+    place,
+    remove,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-KEY = "k" * 64
+IDENTITY = {"stage": "sft"}
+KEY = digest_json(IDENTITY)
 
 
 @pytest.fixture
@@ -38,10 +50,12 @@ def fill(folder: Path) -> None:
     (folder / "metrics.json").write_text('{"loss": 1.0}')
 
 
-def commit(store: Store, key: str = KEY, fill: Callable[[Path], None] = fill, **record: Any) -> Entry:
-    with store.writing(key) as payload:
+def commit(store: Store, fill: Callable[[Path], None] = fill, seed: int | None = None, **record: Any) -> Entry:
+    """An entry of the key KEY, or, with a seed, of another."""
+    identity = IDENTITY if seed is None else IDENTITY | {"seed": seed}
+    with store.writing(key := digest_json(identity)) as payload:
         fill(payload)
-        return store.commit(key, payload, {"stage": "sft"}, **record)
+        return store.commit(key, payload, identity, **({"metrics": {}, "series": [], "perf": {}} | record))
 
 
 def damage(path: Path, at: int = 0) -> None:
@@ -73,7 +87,7 @@ def process(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_what_was_committed_is_found_again(store: Store) -> None:
-    made = commit(store, metrics={"loss": 1.0}, series=[])
+    made = commit(store, metrics={"loss": 1.0})
     found = Store(store.root).find(KEY)
     assert found == made
     assert found.has_payload()
@@ -84,9 +98,9 @@ def test_what_was_committed_is_found_again(store: Store) -> None:
 
 
 def test_the_digest_is_of_the_payload_alone(store: Store) -> None:
-    first = commit(store, metrics={"seconds": 1})
-    assert commit(store, "other", metrics={"seconds": 2}).digest == first.digest
-    assert commit(store, "third", lambda folder: (folder / "a").write_text("a")).digest != first.digest
+    first = commit(store, perf={"seconds": 1})
+    assert commit(store, seed=1, perf={"seconds": 2}).digest == first.digest
+    assert commit(store, lambda folder: (folder / "a").write_text("a"), seed=2).digest != first.digest
 
 
 def test_leaving_without_a_commit_leaves_nothing(store: Store) -> None:
@@ -119,14 +133,16 @@ def test_a_number_that_json_has_not_is_no_entry(store: Store) -> None:
 DIES_AT_EACH_STEP = """
 import itertools, os, sys
 from pathlib import Path
-from rlhf_tasks.store import Store
+from rlhf_tasks.store import Store, digest_json
+
+KEY = digest_json({"stage": "sft"})
 
 def commit(store, text):
-    with store.writing("key") as payload:
+    with store.writing(KEY) as payload:
         (payload / "model").mkdir()
         for name in ("model/a", "model/b", "metrics.json"):
             (payload / name).write_text(text * 100)
-        store.commit("key", payload, {"stage": "sft"}, text=text)
+        store.commit(KEY, payload, {"stage": "sft"}, metrics={text: 1.0}, series=[], perf={})
 
 def die_at(step):
     left = itertools.count(step, -1)
@@ -144,10 +160,10 @@ for step in itertools.count(1):
         commit(store, "new")
         os._exit(0)
     finished = os.waitpid(child, 0)[1] == 0
-    entry = store.find("key")
+    entry = store.find(KEY)
     if entry:
         entry.verify()
-    print(entry.manifest["text"] if entry else "none", flush=True)
+    print(*(entry.manifest["metrics"] if entry else ["none"]), flush=True)
     commit(store, "after")
     assert not os.listdir(Store(store.root).root / "tmp"), "what the dead left is swept"
     if finished:
@@ -184,6 +200,41 @@ def test_damage_is_noticed(store: Store, change: Callable[[Path], None], has_pay
     with pytest.raises(DamagedEntry, match=str(entry.payload)):
         entry.verify()
     commit(store).verify()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda payload: (payload / "model/modeling.py").write_text("import os"),
+        lambda payload: os.mkfifo(payload / "model/pipe"),
+        lambda payload: (
+            (payload / "model/deep/weights.bin").rename(payload.parent / "weights.bin")
+            and (payload / "model/deep/weights.bin").symlink_to(payload.parent / "weights.bin")
+        ),
+        lambda payload: (
+            (payload / "model").rename(payload.parent / "model")
+            and (payload / "model").symlink_to(payload.parent / "model")
+        ),
+        lambda payload: payload.rename(payload.parent / "other") and payload.symlink_to(payload.parent / "other"),
+    ],
+    ids=["one file more", "a pipe", "a linked file", "a linked folder", "a linked payload"],
+)
+def test_what_was_never_written_is_not_taken(store: Store, change: Callable[[Path], None]) -> None:
+    """Somebody else's entry, or one that was tampered with: no file of it reaches the workspace."""
+    change(commit(store).payload)
+    entry = store.find(KEY)
+    assert entry is not None
+    assert not entry.has_payload()
+    with pytest.raises(DamagedEntry, match=str(entry.payload)):
+        entry.verify()
+
+
+def test_an_entry_that_is_a_link_to_another_place_is_ignored(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    folder = commit(store).folder
+    folder.rename(elsewhere := store.root.parent / "elsewhere")
+    folder.symlink_to(elsewhere)
+    assert store.find(KEY) is None
+    assert "a link to another place" in caplog.text
 
 
 def test_pruning_keeps_the_manifest(store: Store) -> None:
@@ -228,6 +279,19 @@ def changed(**parts: Any) -> Callable[[bytes], bytes]:
         changed(files={"model/../../x": {"size": 0, "sha256": ""}}),
         changed(files={"/etc/hostname": {"size": 0, "sha256": ""}}),
         changed(files=None),
+        changed(files={"model\0": {"size": 0, "sha256": ""}}),
+        changed(files={"a": {"size": "0", "sha256": ""}}),
+        changed(files={"a": {"size": 0}}),
+        changed(metrics={"loss": "high"}),
+        changed(series=[{"step": 1}]),
+        changed(identity={"stage": "reward"}),
+        changed(digest="0" * 64),
+        changed(parts={"model": "0" * 64}),
+        changed(command="rm"),
+        lambda text: text.replace(b'"metrics": {', b'"metrics": {"x": NaN'),
+        lambda text: b"[" * 100_000,
+        lambda text: b'{"schema": ' + b"1" * 10_000 + b"}",
+        lambda text: text + b" " * store_module.MANIFEST_BYTES,
     ],
     ids=[
         "cut",
@@ -241,7 +305,20 @@ def changed(**parts: Any) -> Callable[[bytes], bytes]:
         "..",
         "a/..",
         "absolute",
-        "null",
+        "no files",
+        "a zero byte",
+        "a size that is a text",
+        "no digest",
+        "a text for a number",
+        "half a row",
+        "another identity",
+        "another digest",
+        "other parts",
+        "more than there is",
+        "no number",
+        "deep",
+        "a long number",
+        "huge",
     ],
 )
 def test_a_manifest_that_is_not_ours_is_ignored_with_a_warning(
@@ -335,7 +412,7 @@ def test_placing_replaces_what_was_there(store: Store, tmp_path: Path, file_syst
 
 
 def test_replacing_what_was_placed_does_not_reach_into_the_store(store: Store, tmp_path: Path) -> None:
-    first, second = commit(store), commit(store, "other", lambda folder: (folder / "metrics.json").write_text("new"))
+    first, second = commit(store), commit(store, lambda folder: (folder / "metrics.json").write_text("new"), seed=1)
     place(first.payload / "metrics.json", tmp_path / "metrics.json")
     place(second.payload / "metrics.json", tmp_path / "metrics.json")
     assert (tmp_path / "metrics.json").read_text() == "new"
@@ -355,9 +432,9 @@ def test_removing_leaves_what_a_link_points_to(tmp_path: Path) -> None:
 HOLDS = """
 import sys
 from pathlib import Path
-from rlhf_tasks.store import Store
+from rlhf_tasks.store import Store, digest_json
 
-with Store(Path(sys.argv[1])).lock("k" * 64):
+with Store(Path(sys.argv[1])).lock(digest_json({"stage": "sft"})):
     print("held", flush=True)
     sys.stdin.readline()
 """

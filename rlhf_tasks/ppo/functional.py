@@ -188,23 +188,24 @@ class LengthControl:
     A Reward has seen whole texts only, so how it likes one that was cut is an accident of its training. PPO finds such
     an accident, and lets all answers run on, or end early. Here the price of being cut rises while answers are longer
     than SFT's, and falls, below 0 too, while they are shorter: a PI controller, whose slow part comes to be worth the
-    accident. `price`, `slow` and `target` are the whole state; `target` is set by the first update.
+    accident. `price` and `slow`, which starts as the price, are the whole state.
     """
 
     price: float
     rate: float
-    slow: float | None = None
-    target: float | None = None
+    target: float
+    slow: float = math.nan
+
+    def __post_init__(self) -> None:
+        self.slow = self.price if math.isnan(self.slow) else self.slow
 
     def update(self, length: float) -> None:
-        """After each iteration, with e = length / target - 1; the first iteration's answers are SFT's, so e is 0 there:
+        """After each iteration, with e = length / target - 1:
 
             slow ← slow + rate·e / 15        price ← slow + rate·e
 
         Args: length: mean tokens of the iteration's answers.
         """
-        if self.target is None or self.slow is None:
-            self.target, self.slow = length, self.price
         error = length / self.target - 1
         self.slow += self.rate * error / SLOW_ITERATIONS
         self.price = self.slow + self.rate * error

@@ -94,6 +94,17 @@ def write_params(root: Path, values: dict[str, Any]) -> None:
         yaml.dump(document, file)
 
 
+def git(root: Path, *arguments: str) -> None:
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    subprocess.run(["git", *identity, *arguments], cwd=root, check=True)
+
+
+def commit(project: Project, *paths: str) -> None:
+    """Add paths to git and commit them."""
+    git(project.root, "add", *paths)
+    git(project.root, "commit", "-qm", "a run")
+
+
 def make_project(root: Path, home: Path) -> Project:
     """A git repository with this code and a share of the shipped ratings, as a user would clone it."""
     root.mkdir(parents=True)
@@ -115,9 +126,8 @@ def make_project(root: Path, home: Path) -> Project:
     environment |= {"PATH": f"{binaries}:{os.environ['PATH']}", "PREFECT_HOME": str(home), "OMP_NUM_THREADS": "1"}
     environment |= {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.5"}  # a stage here takes seconds
     project = Project(root, environment)
-    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
-    for command in (("init", "-q"), ("add", "-A"), (*identity, "commit", "-qm", "start")):
-        subprocess.run(["git", *command], cwd=root, check=True, env=environment)
+    for command in (("init", "-q"), ("add", "-A"), ("commit", "-qm", "start")):
+        git(root, *command)
     return project
 
 

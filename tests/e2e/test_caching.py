@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.conftest import Project
+from e2e.conftest import Project, commit, git
 from e2e.test_doors import STAGES, states
 
 
+def read(manifest: Path) -> dict[str, Any]:
+    return json.loads(manifest.read_text())
+
+
 def entries(project: Project) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in (project.root / ".rlhf/store").glob("*/manifest.json")]
+    return [read(path) for path in sorted((project.root / ".rlhf/store").glob("*/manifest.json"))]
 
 
 def entry_folder(project: Project, stage: str) -> Path:
@@ -50,8 +55,8 @@ def test_iterations_never_share_an_entry(finished: Project) -> None:
     assert len({entry["key"] for entry in iterations}) == 3
     assert len({entry["digest"] for entry in iterations}) == 3
     parents = {entry["identity"]["iteration"]: entry["identity"]["parent"] for entry in iterations}
-    digests = {entry["identity"]["iteration"]: entry["digest"] for entry in iterations}
-    assert parents == {1: None, 2: digests[1], 3: digests[2]}
+    keys = {entry["identity"]["iteration"]: entry["key"] for entry in iterations}
+    assert parents == {1: None, 2: keys[1], 3: keys[2]}
 
 
 @pytest.mark.slow
@@ -83,3 +88,55 @@ def test_what_has_no_content_cannot_be_keyed(copy_of: Project) -> None:
     done = copy_of.rlhf("run", "--until", "prepare")
     assert done.returncode == 2, done.stdout
     assert "pipe.jsonl: found neither a file nor a folder" in done.stderr
+
+
+def test_a_store_in_a_shared_folder_serves_another_clone(finished: Project, tmp_path: Path, prefect_url: str) -> None:
+    """Iterations too: the second clone goes on where the first stopped, and trains only what is new."""
+    shutil.copytree(finished.root / ".rlhf/store", tmp_path / "shared")
+    environment = finished.environment | {"PREFECT_API_URL": prefect_url, "RLHF_STORE": str(tmp_path / "shared")}
+    clone = Project(tmp_path / "clone", environment)
+    git(finished.root, "clone", "-q", ".", str(clone.root))
+    done = clone.rlhf("run", "--set", "ppo.iterations=4")
+    assert states(done.stdout) == dict.fromkeys(STAGES, "cached") | dict.fromkeys(STAGES[3:], "done"), done.stderr
+    stages = [entry["identity"] for entry in map(read, (tmp_path / "shared").glob("*/manifest.json"))]
+    assert sorted(i["iteration"] for i in stages if i["stage"] == "ppo-iteration") == [1, 2, 3, 4]
+    assert not list((clone.root / ".rlhf").glob("store/*/manifest.json"))
+
+
+def test_gc_keeps_what_is_needed(copy_of: Project) -> None:
+    """A tag keeps what its dvc.lock names; iterations of other settings go, as nothing can ask for them."""
+    nothing = "nothing: all that is stored is needed"
+    assert copy_of.rlhf("gc").stdout.strip() == nothing
+    commit(copy_of, "-f", "dvc.lock")
+    copy_of.rlhf("run", "--from", "evaluate", "--until", "evaluate", "--set", "evaluate.bootstrap=150")
+    copy_of.rlhf("run", "--from", "evaluate", "--until", "evaluate", "--set", "evaluate.bootstrap=120")
+    (copy_of.root / ".rlhf/store/partial" / ("0" * 64)).mkdir(parents=True)
+    before = entries(copy_of)
+    shown = copy_of.rlhf("gc").stdout
+    assert "evaluate" in shown
+    assert "unfinished" in shown
+    assert entries(copy_of) == before
+    assert "deleted" in copy_of.rlhf("gc", "--yes").stdout
+    gone = [entry["identity"]["parameters"]["evaluate"] for entry in before if entry not in entries(copy_of)]
+    assert [settings["bootstrap"] for settings in gone] == [150]
+    assert copy_of.rlhf("gc").stdout.strip() == nothing
+
+
+def test_why_says_what_changed(copy_of: Project) -> None:
+    assert "nothing that it depends on has changed" in copy_of.rlhf("why", "ppo").stdout
+    copy_of.set(reward__epochs=2, ppo__kl__coef=0.25)
+    told = copy_of.rlhf("why", "ppo").stdout
+    assert re.search(r"^reward: to do; its result \w{12}, of .* is of something else:$", told, re.MULTILINE)
+    assert re.search(r"parameters +reward\.epochs +1 +2$", told, re.MULTILINE)
+    assert "ppo: waits for reward" in told
+    assert re.search(r"parameters +ppo\.kl\.coef +0\.05 +0\.25$", told, re.MULTILINE)
+    wrong = copy_of.rlhf("why", "pppo")
+    assert wrong.returncode == 2
+    assert "stage: found 'pppo', expected one of prepare" in wrong.stderr
+
+
+def test_store_workspace_and_dvc_share_one_copy_on_disk(finished: Project) -> None:
+    weights = finished.root / "checkpoints/actor/model.safetensors"
+    holders = {"store": ".rlhf/store/*/payload/actor/model.safetensors", "DVC": ".dvc/cache/files/md5/*/*"}
+    for name, pattern in holders.items():
+        assert any(path.samefile(weights) for path in finished.root.glob(pattern)), name

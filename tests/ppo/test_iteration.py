@@ -141,24 +141,24 @@ def test_beta_waits_while_the_critic_warms_up(four: Any) -> None:
 
 
 def test_a_cut_costs_more_while_answers_are_longer_than_sfts() -> None:
-    """By hand: rate 3, first price 0.1; the first iteration's answers are SFT's."""
-    control = LengthControl(price=0.1, rate=3.0)
+    """By hand: rate 3, first price 0.1; SFT's answers have 20 tokens."""
+    control = LengthControl(price=0.1, rate=3.0, target=20.0)
     control.update(20.0)
-    assert (control.target, control.price) == (20.0, pytest.approx(0.1))
+    assert control.price == pytest.approx(0.1)
     control.update(22.0)  # a tenth longer
     assert (control.slow, control.price) == (pytest.approx(0.12), pytest.approx(0.42))
     control.update(16.0)  # a fifth shorter
     assert (control.slow, control.price) == (pytest.approx(0.08), pytest.approx(-0.52))
-    assert control.target == 20.0
 
 
 def test_steering_reaches_the_scores_and_the_metrics(four: Any) -> None:
     settings = ppo(missing_eos=config.MissingEOS(mode="steer"))
     state, fixed = start(four, settings)
-    state.length_control = LengthControl(price=0.25, rate=3.0)
-    found = [iterate(state, fixed, settings, seed=0)[0] for _ in range(3)]
-    assert [metrics["objective/cut_price"] for metrics in found[:2]] == [0.25, 0.25]
-    assert found[2]["objective/cut_price"] != 0.25
+    state.length_control = LengthControl(price=0.25, rate=3.0, target=5.0)
+    found = [iterate(state, fixed, settings, seed=0)[0] for _ in range(2)]
+    assert found[0]["objective/cut_price"] == 0.25
+    error = found[0]["response/length"] / 5 - 1
+    assert found[1]["objective/cut_price"] == pytest.approx(0.25 + 3 * error * (1 + 1 / 15))
     plain, fixed = start(four, ppo())
     unsteered = iterate(plain, fixed, ppo(), seed=0)[0]
     assert "objective/cut_price" not in unsteered

@@ -1,0 +1,113 @@
+"""docs/caching.md's table of what reruns when, row by row, against the keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rlhf_tasks import engine
+from rlhf_tasks.closure import import_closure
+from rlhf_tasks.config import Params, load_params, parse_assignments, set_params
+from rlhf_tasks.engine import Workspace
+from rlhf_tasks.stages import STAGES
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CHANGES = {
+    "seed": "seed=1",
+    "runtime": "runtime.threads=2",
+    "data": "data.ratings.min_gap=2",
+    "model": "model.scratch.layers=1",
+    "generation": "generation.temperature=0.5",
+    "sft": "sft.epochs=2",
+    "reward": "reward.center=0.1",
+    "reward_function": "reward_function.weight=0.5",
+    "ppo": "ppo.kl.coef=0.1",
+    "evaluate": "evaluate.bootstrap=300",
+    "register": "register.gate.max_kl=3",
+    "saving": "saving.iterations_per_task=auto",
+    "tracking": "tracking.when_down=continue",
+}
+
+
+def rows() -> Iterator[tuple[str, set[str]]]:
+    section = (REPOSITORY / "docs/caching.md").read_text().split("\n## ")[1]
+    for change, stages in re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.MULTILINE):
+        if change not in ("you change", "---"):
+            yield change, set() if stages == "nothing" else set(stages.split(", "))
+
+
+TABLE = dict(rows())
+PARAMETERS = {change.strip("`"): stages for change, stages in TABLE.items() if change.strip("`") in CHANGES}
+FILES = {file: stages for change, stages in TABLE.items() for file in re.findall(r"`(rlhf_tasks/\S+\.py)`", change)}
+LIBRARIES = {
+    name: stages for change, stages in TABLE.items() if re.fullmatch(r"[\w, ]+", change) for name in change.split(", ")
+}
+
+
+def keys(workspace: Workspace) -> dict[str, str]:
+    return {name: engine.plan(workspace, stage).key for name, stage in STAGES.items()}
+
+
+def differing(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_the_table_has_every_group_of_parameters() -> None:
+    groups = {("register" if name == "register_" else name) for name in Params.model_fields}
+    assert set(PARAMETERS) == groups == set(CHANGES)
+
+
+@pytest.mark.parametrize("group", CHANGES)
+def test_a_group_of_parameters(sketch: Workspace, group: str) -> None:
+    before = keys(sketch)
+    set_params(sketch.root / "params.yaml", parse_assignments([CHANGES[group]]))
+    after = keys(Workspace(sketch.root, load_params(sketch.root / "params.yaml")))
+    assert differing(before, after) == PARAMETERS[group]
+
+
+def test_every_module() -> None:
+    found = {
+        file: {name for name, stage in STAGES.items() if file in import_closure(stage.module)}
+        for path in (REPOSITORY / "rlhf_tasks").rglob("*.py")
+        if (file := path.relative_to(REPOSITORY).as_posix()) and path.name != "__init__.py"
+    }
+    others = {
+        file: TABLE[f"any other file of `rlhf_tasks/{'data/' if '/data/' in file else ''}`"]
+        for file in found
+        if file not in FILES
+    }
+    assert found == FILES | others
+    assert TABLE["any file of `flows/`"] == set()
+
+
+def test_every_library(sketch: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, version = keys(sketch), engine.version
+    assert set().union(*(stage.libraries for stage in STAGES.values())) <= set(LIBRARIES)
+    for library, stages in LIBRARIES.items():
+        with monkeypatch.context() as installed:
+            installed.setattr(engine, "version", lambda name, new=library: "0" if name == new else version(name))
+            engine._environment.cache_clear()
+            assert differing(before, keys(sketch)) == stages, library
+    engine._environment.cache_clear()
+
+
+def test_files_from_outside(sketch: Workspace, write_model: Callable[[Path], None]) -> None:
+    root = sketch.root
+    (root / "helper.py").write_text("WORDS = 1\n")
+    (root / "mine.py").write_text("import helper\n\ndef score(prompts, responses):\n    return [0.0] * len(prompts)\n")
+    write_model(root / "base")
+    changes = parse_assignments(["reward_function.name=mine:score", "model.base=base"])
+    set_params(root / "params.yaml", changes)
+    project = Workspace(root, load_params(root / "params.yaml"))
+    for change, file in {
+        "a file of `data.sources`": "data/raw/ratings.jsonl",
+        "a file of `model.base`": "base/config.json",
+        "the file of `reward_function.name`, or one that it imports": "helper.py",
+    }.items():
+        before = keys(project)
+        with (root / file).open("a") as text:
+            text.write("\n")
+        assert differing(before, keys(project)) == TABLE[change], change
