@@ -45,7 +45,7 @@ def say_lineage(root: Path, name: str, *, as_json: bool) -> None:
     for line in _head(document):
         tree.add(escape(line))
     _add_stage(tree, document, last, set())
-    console.print(tree, soft_wrap=True)
+    console.print(tree)
     for line in broken_links(document):
         console.print(f"[red]broken: {escape(line)}[/red]", soft_wrap=True)
 
