@@ -1,4 +1,4 @@
-"""`rlhf lineage`: the tree from an Actor down to the raw rows."""
+"""`rlhf lineage`: the tree from an Actor down to the raw rows; digests and ids are whole in `--json`."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def _add_stage(tree: Tree, document: Document, stage: str, seen: set[str]) -> No
     seen.add(stage)
     branch = tree.add(f"[bold]{stage}[/bold]  key {facts['key'][:12]}{escape(_made(facts))}")
     identity = facts["identity"]
-    values = [f"{name}={value}" for name, value in flat(identity["parameters"]).items()]
-    branch.add(escape(f"parameters: {', '.join(values)}"))
+    values = [f"{name}={value}" for name, value in flat(identity["parameters"]).items() if value is not None]
+    branch.add(escape(", ".join(values)))
     branch.add(escape(f"code: {len(identity['code'])} files; environment: {_environment(identity)}"))
     for path, digest, maker in inputs_of(document, stage):
         leaf = branch.add(escape(f"{path}  sha256 {digest[:12]}{_md5(document, maker, path)}"))
@@ -86,7 +86,7 @@ def _add_stage(tree: Tree, document: Document, stage: str, seen: set[str]) -> No
 def _made(facts: dict[str, Any]) -> str:
     parts = [facts[name] for name in ("made",) if facts.get(name)]
     parts += [f"{facts['seconds']:.0f} s"] if facts.get("seconds") else []
-    parts += [f"{tool} run {run}" for tool, run in facts.get("runs", {}).items()]
+    parts += [f"MLflow run {facts['runs']['MLflow'][:8]}"] if "runs" in facts else []
     return f"  ({', '.join(parts)})" if parts else ""
 
 
@@ -96,4 +96,4 @@ def _environment(identity: dict[str, Any]) -> str:
 
 def _md5(document: Document, maker: str | None, path: str) -> str:
     md5 = document["stages"][maker]["dvc"].get(path) if maker else None
-    return f"  dvc {md5}" if md5 else ""
+    return f"  dvc {md5[:12]}" if md5 else ""

@@ -127,9 +127,9 @@ def test_why_says_what_changed(copy_of: Project) -> None:
     copy_of.set(reward__epochs=2, ppo__kl__coef=0.25)
     told = copy_of.rlhf("why", "ppo").stdout
     assert re.search(r"^reward: to do; its result \w{12}, of .* is of something else:$", told, re.MULTILINE)
-    assert re.search(r"parameters +reward\.epochs +1 +2$", told, re.MULTILINE)
+    assert re.search(r"parameters +reward\.epochs +1 +2 *$", told, re.MULTILINE)
     assert "ppo: waits for reward" in told
-    assert re.search(r"parameters +ppo\.kl\.coef +0\.05 +0\.25$", told, re.MULTILINE)
+    assert re.search(r"parameters +ppo\.kl\.coef +0\.05 +0\.25 *$", told, re.MULTILINE)
     wrong = copy_of.rlhf("why", "pppo")
     assert wrong.returncode == 2
     assert "stage: found 'pppo', expected one of prepare" in wrong.stderr
