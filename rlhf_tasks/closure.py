@@ -85,8 +85,12 @@ def _imports(name: str, path: Path, root: Path, package: str) -> Iterator[str]:
 
 
 def _parse(path: Path, root: Path) -> ast.Module:
+    text = path.read_bytes()
     try:
-        return ast.parse(path.read_text(encoding="utf-8"))
+        try:
+            return ast.parse(text)
+        except SystemError:  # CPython 3.11 counts recursion for all threads together; another one parsed meanwhile
+            return ast.parse(text)
     except (SyntaxError, ValueError) as error:  # ValueError: bytes that are no UTF-8, or 0
         place = f"{path.relative_to(root)}:{getattr(error, 'lineno', None) or 1}"
         raise UserError(f"{place}: not readable as Python: {getattr(error, 'msg', error)}") from None
