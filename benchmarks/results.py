@@ -155,10 +155,10 @@ What `make run` learns, over seeds that change everything that is drawn: weights
 those are does not depend on the seed. Learning rates, iterations and β were chosen on seed 0, with an eye on its
 held-out answers; the steering of length was made when seeds 1 and 2 had shown that a fixed price of a cut answer, right
 for seed 0 then, let answers shrink to 0.57 and 0.78 of SFT's, and was mended when seed 2 came out at 0.84. The
-tokenizer's size and SFT's batch were chosen by the held-out likelihood of SFT alone: a character costs it 1.40 nats, and
-1.50 with half the vocabulary and four times the batch in the same training time. A gain in score is in standard
-deviations of the score of SFT's answers. The judge is VADER's compound score of the whole text: rules that training never
-sees. *At equal length*: both answers to a prompt, less EOS, cut to the shorter of the two, and scored again.
+tokenizer's size and SFT's batch were chosen by the held-out likelihood of SFT alone: a character costs it 1.40 nats,
+and 1.50 with half the vocabulary and four times the batch in the same training time. A gain in score is in standard
+deviations of the score of SFT's answers. The judge is VADER's compound score of the whole text: rules that training
+never sees. *At equal length*: both answers to a prompt, less EOS, cut to the shorter of the two, and scored again.
 Brackets: 95 % intervals over prompts or pairs taken as independent (a text may be in several pairs).
 """
 
