@@ -9,12 +9,14 @@ from __future__ import annotations
 import ast
 import importlib.util
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from rlhf_tasks.errors import UserError
 
 PACKAGE = "rlhf_tasks"
+PARSE_TRIES = 9
 SOURCE_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -87,10 +89,10 @@ def _imports(name: str, path: Path, root: Path, package: str) -> Iterator[str]:
 def _parse(path: Path, root: Path) -> ast.Module:
     text = path.read_bytes()
     try:
-        try:
-            return ast.parse(text)
-        except SystemError:  # CPython 3.11 counts recursion for all threads together; another one parsed meanwhile
-            return ast.parse(text)
+        for _ in range(PARSE_TRIES - 1):
+            with suppress(SystemError):  # CPython 3.11 counts recursion for all threads; another one parsed meanwhile
+                return ast.parse(text)
+        return ast.parse(text)
     except (SyntaxError, ValueError) as error:  # ValueError: bytes that are no UTF-8, or 0
         place = f"{path.relative_to(root)}:{getattr(error, 'lineno', None) or 1}"
         raise UserError(f"{place}: not readable as Python: {getattr(error, 'msg', error)}") from None

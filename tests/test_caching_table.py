@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from changes import differing, stage_keys, with_params
 
 from rlhf_tasks import engine
 from rlhf_tasks.closure import import_closure
-from rlhf_tasks.config import Params, load_params, parse_assignments, set_params
+from rlhf_tasks.config import Params
 from rlhf_tasks.engine import Workspace
 from rlhf_tasks.stages import STAGES
 
@@ -47,14 +48,6 @@ LIBRARIES = {
 }
 
 
-def keys(workspace: Workspace) -> dict[str, str]:
-    return {name: engine.plan(workspace, stage).key for name, stage in STAGES.items()}
-
-
-def differing(before: dict[str, str], after: dict[str, str]) -> set[str]:
-    return {name for name in before if before[name] != after[name]}
-
-
 def test_the_table_has_every_group_of_parameters() -> None:
     groups = {("register" if name == "register_" else name) for name in Params.model_fields}
     assert set(PARAMETERS) == groups == set(CHANGES)
@@ -62,10 +55,8 @@ def test_the_table_has_every_group_of_parameters() -> None:
 
 @pytest.mark.parametrize("group", CHANGES)
 def test_a_group_of_parameters(sketch: Workspace, group: str) -> None:
-    before = keys(sketch)
-    set_params(sketch.root / "params.yaml", parse_assignments([CHANGES[group]]))
-    after = keys(Workspace(sketch.root, load_params(sketch.root / "params.yaml")))
-    assert differing(before, after) == PARAMETERS[group]
+    before = stage_keys(sketch)
+    assert differing(before, stage_keys(with_params(sketch, CHANGES[group]))) == PARAMETERS[group]
 
 
 def test_every_module() -> None:
@@ -84,13 +75,13 @@ def test_every_module() -> None:
 
 
 def test_every_library(sketch: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, version = keys(sketch), engine.version
+    before, version = stage_keys(sketch), engine.version
     assert set().union(*(stage.libraries for stage in STAGES.values())) <= set(LIBRARIES)
     for library, stages in LIBRARIES.items():
         with monkeypatch.context() as installed:
             installed.setattr(engine, "version", lambda name, new=library: "0" if name == new else version(name))
             engine._environment.cache_clear()
-            assert differing(before, keys(sketch)) == stages, library
+            assert differing(before, stage_keys(sketch)) == stages, library
     engine._environment.cache_clear()
 
 
@@ -99,15 +90,13 @@ def test_files_from_outside(sketch: Workspace, write_model: Callable[[Path], Non
     (root / "helper.py").write_text("WORDS = 1\n")
     (root / "mine.py").write_text("import helper\n\ndef score(prompts, responses):\n    return [0.0] * len(prompts)\n")
     write_model(root / "base")
-    changes = parse_assignments(["reward_function.name=mine:score", "model.base=base"])
-    set_params(root / "params.yaml", changes)
-    project = Workspace(root, load_params(root / "params.yaml"))
+    project = with_params(sketch, "reward_function.name=mine:score", "model.base=base")
     for change, file in {
         "a file of `data.sources`": "data/raw/ratings.jsonl",
         "a file of `model.base`": "base/config.json",
         "the file of `reward_function.name`, or one that it imports": "helper.py",
     }.items():
-        before = keys(project)
+        before = stage_keys(project)
         with (root / file).open("a") as text:
             text.write("\n")
-        assert differing(before, keys(project)) == TABLE[change], change
+        assert differing(before, stage_keys(project)) == TABLE[change], change

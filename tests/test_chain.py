@@ -11,9 +11,9 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from changes import flip_bit, with_params
 
 from rlhf_tasks import chain, ppo_stage
-from rlhf_tasks.config import load_params, parse_assignments, set_params
 from rlhf_tasks.engine import Workspace
 from rlhf_tasks.store import DamagedEntry, Entry, digest_path
 
@@ -22,20 +22,6 @@ Run = Callable[..., dict[str, Entry]]
 
 def ignore(entry: Entry) -> None:
     """A watch that does not look."""
-
-
-def with_params(workspace: Workspace, *assignments: str) -> Workspace:
-    """The same checkout after `--set`, seen by a new process."""
-    set_params(workspace.root / "params.yaml", parse_assignments(list(assignments)))
-    return Workspace(workspace.root, load_params(workspace.root / "params.yaml"))
-
-
-def damage(path: Path) -> None:
-    """Flip a bit in a file of the store, without reaching through hard links into the workspace."""
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.unlink()
-    path.write_bytes(data)
 
 
 def keys(workspace: Workspace) -> list[str]:
@@ -161,7 +147,7 @@ def test_going_on_starts_from_the_last_whole_state(
     known = chain.known(copy)
     assert [entry.digest for entry in known] == [entry.digest for entry in done[1]]
     for iteration in set(damaged) - {1}:
-        damage(known[iteration - 1].payload / "actor_optimizer.safetensors")
+        flip_bit(known[iteration - 1].payload / "actor_optimizer.safetensors")
     for iteration in pruned:
         known[iteration - 1].prune()
     assert len(chain.usable(known)) == usable
@@ -176,7 +162,7 @@ def test_going_on_starts_from_the_last_whole_state(
 def test_a_damaged_parent_is_not_trained_on(copy: Workspace) -> None:
     known = chain.known(copy)
     copy.store.discard(known[2].folder.name)
-    damage(known[1].payload / "critic/model.safetensors")
+    flip_bit(known[1].payload / "critic/model.safetensors")
     with pytest.raises(DamagedEntry):
         chain.advance(copy, known[:2], ignore)
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from changes import differing, flip_bit, stage_keys, with_params
 
 from rlhf_tasks import engine, training
-from rlhf_tasks.config import load_params, parse_assignments, set_params
 from rlhf_tasks.engine import Recorder, Workspace
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import STAGES
@@ -26,29 +26,7 @@ Run = Callable[..., dict[str, Entry]]
 TRAINED = ("prepare", "sft", "reward", "ppo", "evaluate")
 
 
-def with_params(workspace: Workspace, *assignments: str) -> Workspace:
-    """The same checkout after `--set`, seen by a new process."""
-    set_params(workspace.root / "params.yaml", parse_assignments(list(assignments)))
-    return Workspace(workspace.root, load_params(workspace.root / "params.yaml"))
-
-
-def damage(path: Path) -> None:
-    """Flip a bit in a file of the store, without reaching through hard links into the workspace."""
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.unlink()
-    path.write_bytes(data)
-
-
 # Keys ----------------------------------------------------------------------------------------------------------------
-
-
-def keys(workspace: Workspace) -> dict[str, str]:
-    return {name: engine.plan(workspace, stage).key for name, stage in STAGES.items()}
-
-
-def differing(before: dict[str, str], after: dict[str, str]) -> set[str]:
-    return {name for name in before if before[name] != after[name]}
 
 
 @pytest.mark.parametrize(
@@ -59,8 +37,8 @@ def test_a_parameter_changes_the_keys_of_the_stages_that_read_it(
     sketch: Workspace, assignment: str, stages: set[str]
 ) -> None:
     """The table of all groups of parameters is docs/caching.md's (test_caching_table.py)."""
-    before = keys(sketch)
-    assert differing(before, keys(with_params(sketch, assignment))) == stages
+    before = stage_keys(sketch)
+    assert differing(before, stage_keys(with_params(sketch, assignment))) == stages
 
 
 @pytest.mark.parametrize(
@@ -79,14 +57,14 @@ def test_a_parameter_changes_the_keys_of_the_stages_that_read_it(
     ],
 )
 def test_an_input_changes_the_keys_of_the_stages_that_read_it(sketch: Workspace, path: str, stages: set[str]) -> None:
-    before = keys(sketch)
+    before = stage_keys(sketch)
     (sketch.root / path).write_text("changed")
-    assert differing(before, keys(sketch)) == stages
+    assert differing(before, stage_keys(sketch)) == stages
 
 
 def test_keys_do_not_depend_on_the_place(sketch: Workspace, tmp_path: Path) -> None:
     shutil.copytree(sketch.root, tmp_path / "elsewhere")
-    assert keys(Workspace(tmp_path / "elsewhere", sketch.params)) == keys(sketch)
+    assert stage_keys(Workspace(tmp_path / "elsewhere", sketch.params)) == stage_keys(sketch)
 
 
 def test_the_code_that_a_stage_runs_is_in_its_key(sketch: Workspace) -> None:
@@ -103,7 +81,7 @@ def test_another_gpu_or_cuda_version_is_another_environment(sketch: Workspace, m
         engine._environment.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=gpu: name)
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        found.append(keys(with_params(sketch, "runtime.device=cuda")))
+        found.append(stage_keys(with_params(sketch, "runtime.device=cuda")))
     engine._environment.cache_clear()
     trained = {"sft", "reward", "ppo", "evaluate"}
     assert differing(found[0], found[1]) == differing(found[1], found[2]) == trained
@@ -288,7 +266,7 @@ def test_exporting_puts_back_what_was_changed_and_nothing_else(finished: Any, fi
 def test_a_damaged_result_is_not_exported(finished: Any, finished_copy: Workspace) -> None:
     entry = finished_copy.store.find(finished.entries["sft"].folder.name)
     assert entry is not None
-    damage(entry.payload / "checkpoint/model.safetensors")
+    flip_bit(entry.payload / "checkpoint/model.safetensors")
     engine.export(finished_copy, entry)  # the workspace has it already: nobody reads the payload
     shutil.rmtree(finished_copy.root / "checkpoints/sft")
     with pytest.raises(DamagedEntry):

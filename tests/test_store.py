@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from changes import flip_bit
 
 from rlhf_tasks import store as store_module
 from rlhf_tasks.store import (
@@ -56,14 +57,6 @@ def commit(store: Store, fill: Callable[[Path], None] = fill, seed: int | None =
     with store.writing(key := digest_json(identity)) as payload:
         fill(payload)
         return store.commit(key, payload, identity, **({"metrics": {}, "series": [], "perf": {}} | record))
-
-
-def damage(path: Path, at: int = 0) -> None:
-    """Flip a bit: the size stays what it was."""
-    path.chmod(0o644)
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
 
 
 @contextmanager
@@ -185,7 +178,7 @@ def test_a_death_at_any_step_leaves_a_whole_entry_or_none(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "has_payload"),
     [
-        (lambda payload: damage(payload / "model/deep/weights.bin", 100), True),
+        (lambda payload: flip_bit(payload / "model/deep/weights.bin", 100), True),
         (lambda payload: (payload / "model/deep/weights.bin").unlink(), False),
         (lambda payload: os.truncate(payload / "model/deep/weights.bin", 255), False),
         (lambda payload: shutil.rmtree(payload), False),

@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint_is_noticed_and_made_again(copy_of: Project) -> Non
         path.write_bytes(content)
     done = copy_of.rlhf("run")
     assert states(done.stdout) == {stage: "done" if stage == "sft" else "cached" for stage in STAGES}, done.stderr
-    assert "missing or not what was written there" in done.stderr + done.stdout
+    assert "not what was written there; the stage sft is done again" in done.stderr + done.stdout
     assert copy_of.lock() == before
 
 
