@@ -155,7 +155,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer  # it imports torch and half of transformers: seconds that `scratch` saves
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # a damaged file raises whatever its parser does
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"`model.base: {folder}`: its tokenizer does not load: {reason}") from None

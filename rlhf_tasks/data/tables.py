@@ -1,10 +1,13 @@
 """Prepared rows on disk: Arrow IPC stream files, memory-mapped when read.
 
 `datasets.Dataset.from_file` opens them too. The same rows give the same bytes: no clock, no compression, no metadata.
+A file may be somebody else's, so what is read is checked first: offsets that point elsewhere, or a few compressed bytes
+that would fill the memory, are refused.
 """
 
 from __future__ import annotations
 
+import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -14,6 +17,8 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from rlhf_tasks.errors import UserError
 
 BATCH_ROWS = 1024
 """Rows held in memory at a time, and rows a record batch; part of the files' bytes."""
@@ -33,9 +38,48 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema
 
 
 def read_table(path: Path) -> pa.Table:
-    """The table of a file, memory-mapped: nothing is read before it is used."""
-    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
-        return reader.read_all()
+    """The table of a file, memory-mapped: of rows of tokens only the offsets are read before they are used.
+
+    Raises:
+        UserError: the file is no such table.
+    """
+    try:
+        with pa.memory_map(str(path)) as file:
+            messages = pa.ipc.MessageReader.open_stream(file)
+            schema = pa.ipc.read_schema(messages.read_next_message())
+            batches = [_read_batch(message, schema) for message in messages]
+        table = pa.Table.from_batches(batches, schema)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError, StopIteration, struct.error) as error:
+        reason = " ".join(str(error).split())[:200] or "it is empty"
+        raise UserError(f"{path}: not a table that `prepare` wrote ({reason}); delete it and run `rlhf run`") from None
+    return table
+
+
+def _read_batch(message: pa.ipc.Message, schema: pa.Schema) -> pa.RecordBatch:
+    if message.type != "record batch":
+        raise ValueError(f"found a {message.type}, expected a record batch")
+    if _is_compressed(message.metadata.to_pybytes()):
+        raise ValueError("compressed, which nothing here writes")
+    return pa.ipc.read_record_batch(message, schema)
+
+
+def _is_compressed(metadata: bytes) -> bool:
+    """Whether the flatbuffer of a record batch names a codec: Message's field 2 is the RecordBatch, whose field 3 is
+    `compression` (format/Message.fbs of Apache Arrow). pyarrow tells only after it has unpacked everything.
+    """
+
+    def number(form: str, at: int) -> int:
+        return int(struct.unpack_from(form, metadata, at)[0])
+
+    def field(table: int, index: int) -> int:
+        """Where in a flatbuffer table a field lies, from the table's start; 0 if it is not there."""
+        vtable, slot = table - number("<i", table), 4 + 2 * index
+        return number("<H", vtable + slot) if slot < number("<H", vtable) else 0
+
+    message = number("<I", 0)
+    reference = message + field(message, 2)
+    return field(reference + number("<I", reference), 3) != 0
 
 
 class TokenColumn(Sequence[npt.NDArray[np.int64]]):

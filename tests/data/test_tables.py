@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_tasks.data.tables import BATCH_ROWS, TOKENS, TokenColumn, read_table, write_table
+from rlhf_tasks.errors import UserError
 
 SCHEMA = pa.schema({"text": pa.string(), "ids": TOKENS})
 
@@ -89,3 +90,52 @@ def test_any_rows_come_back(tmp_path_factory, values):
     path = tmp_path_factory.getbasetemp() / "any.arrow"
     write_table(path, ({"text": "", "ids": value} for value in values), SCHEMA)
     assert [row.tolist() for row in TokenColumn(read_table(path), "ids")] == values
+
+
+# Somebody else's files -----------------------------------------------------------------------------------------------
+
+
+def write_ids(path, offsets, values, **options):
+    """A file that pyarrow writes without a look at the offsets."""
+    buffers = [None, pa.py_buffer(np.array(offsets, np.int32).tobytes())]
+    ids = pa.ListArray.from_buffers(TOKENS, len(offsets) - 1, buffers, children=[pa.array(values, pa.int32())])
+    schema = pa.schema({"ids": TOKENS})
+    settings = pa.ipc.IpcWriteOptions(**options)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema, options=settings) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays([ids], schema=schema))
+
+
+@pytest.mark.parametrize("offsets", [[0, 2_000_000_000, 4], [0, -4, 4], [0, 4, 2, 4], [0, 5, 4]])
+def test_offsets_that_point_elsewhere_are_refused(tmp_path, offsets):
+    path = tmp_path / "hostile.arrow"
+    write_ids(path, [0, 2, 4], [1, 2, 3, 4])
+    assert len(read_table(path)) == 2
+    write_ids(path, offsets, [1, 2, 3, 4])
+    with pytest.raises(UserError, match=r"hostile\.arrow: not a table that `prepare` wrote"):
+        read_table(path)
+
+
+def test_a_few_bytes_do_not_fill_the_memory(tmp_path):
+    path, count = tmp_path / "bomb.arrow", 1 << 22
+    write_ids(path, [0, count], np.zeros(count, np.int32), compression="zstd")
+    assert path.stat().st_size < 5000
+    before = pa.total_allocated_bytes()
+    with pytest.raises(UserError, match="compressed, which nothing here writes"):
+        read_table(path)
+    assert pa.total_allocated_bytes() == before
+
+
+@given(data=st.data())
+def test_any_damage_is_a_sentence_or_a_whole_table(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "damaged.arrow"
+    write_table(path, rows(7), SCHEMA)
+    content = bytearray(path.read_bytes())
+    for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
+        content[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        table = read_table(path)
+    except UserError:
+        return
+    table.validate(full=True)
+    table.to_pylist()
