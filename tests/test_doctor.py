@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_tasks import doctor
 from rlhf_tasks.config import load_params, parse_assignments, set_params
-from rlhf_tasks.doctor import Finding, FirstBatch, examine
+from rlhf_tasks.doctor import Finding, FirstBatch, examine, models, reward
 from rlhf_tasks.engine import Workspace
 
 FEW = {"evaluation"}  # the small project answers 16 prompts, which the doctor minds
@@ -88,8 +88,8 @@ def test_the_sign_of_the_reward(
         agrees = torch.arange(len(rows)) < right * len(rows)
         return agrees.float(), (~agrees).float()
 
-    monkeypatch.setattr(doctor.Pairs, "scores", scores)
-    finding = doctor._reward_sign(finished.workspace.root, first)
+    monkeypatch.setattr(reward.Pairs, "scores", scores)
+    finding = reward.sign(finished.workspace.root, first)
     assert finding.ok is (said is None)
     assert said is None or said in finding.text
 
@@ -99,11 +99,11 @@ def test_the_reward_is_asked_about_real_pairs(finished_copy: Workspace) -> None:
 
     def agreeing() -> int:
         batch = FirstBatch.load(finished_copy.root, finished_copy.params)
-        return int(doctor._reward_sign(finished_copy.root, batch).text.split(" in ")[1].split(" of ")[0])
+        return int(reward.sign(finished_copy.root, batch).text.split(" in ")[1].split(" of ")[0])
 
     before, weights = agreeing(), load_file(path)
     save_file(weights | {"score.weight": -weights["score.weight"]}, path, metadata={"format": "pt"})
-    pairs = doctor.Pairs(finished_copy.root / "data/prepared/pairs/heldout.arrow", 0)
+    pairs = reward.Pairs(finished_copy.root / "data/prepared/pairs/heldout.arrow", 0)
     assert before + agreeing() == len(pairs.lengths)
 
 
@@ -113,7 +113,7 @@ def test_a_raw_score_of_an_odd_scale(finished_copy: Workspace) -> None:
     for kind, well in (("raw", False), ("normalised", True)):
         set_params(finished_copy.root / "params.yaml", {"ppo.score.kind": kind})
         batch = FirstBatch.load(finished_copy.root, load_params(finished_copy.root / "params.yaml"))
-        finding = doctor._reward_scale(finished_copy.root, batch)
+        finding = reward.scale(finished_copy.root, batch)
         assert finding.ok is well
         assert well or "set ppo.score.kind to normalised" in finding.text
 
@@ -156,9 +156,9 @@ def test_numbers_that_are_none(first: FirstBatch) -> None:
     with torch.no_grad():
         for weight in first.actor.parameters():
             weight.fill_(torch.nan)
-    for look in (doctor._dropout, doctor._decoding, doctor._padding, doctor._order, doctor._first_step):
+    for look in (models.dropout, models.decoding, models.padding, models.order, models.first_step):
         assert look(Path(), first).ok is False
-    assert "not finite" in doctor._dropout(Path(), first).text
+    assert "not finite" in models.dropout(Path(), first).text
 
 
 def test_a_reward_function_that_says_nothing(finished_copy: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,40 +206,40 @@ def disturb(model: Any) -> None:
 
 
 def test_dropout_that_is_on(first: FirstBatch) -> None:
-    assert doctor._dropout(Path(), first).ok
+    assert models.dropout(Path(), first).ok
     first.actor.train()
-    assert not doctor._dropout(Path(), first).ok
+    assert not models.dropout(Path(), first).ok
 
 
-@pytest.mark.parametrize("check", ["_decoding", "_padding", "_order", "_first_step"])
+@pytest.mark.parametrize("check", ["decoding", "padding", "order", "first_step"])
 def test_an_actor_that_is_not_the_one_that_sampled(first: FirstBatch, check: str) -> None:
-    assert getattr(doctor, check)(Path(), first).ok
+    assert getattr(models, check)(Path(), first).ok
     disturb(first.actor)
-    assert not getattr(doctor, check)(Path(), first).ok
+    assert not getattr(models, check)(Path(), first).ok
 
 
 def test_values_that_see_more_than_they_should(first: FirstBatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor._value_and_action(Path(), first).ok
-    values = doctor.response_values
-    monkeypatch.setattr(doctor, "response_values", lambda critic, batch: values(critic, batch).roll(-1, 1))
-    assert not doctor._value_and_action(Path(), first).ok
+    assert models.value_and_action(Path(), first).ok
+    values = models.response_values
+    monkeypatch.setattr(models, "response_values", lambda critic, batch: values(critic, batch).roll(-1, 1))
+    assert not models.value_and_action(Path(), first).ok
 
 
 def test_returns_that_know_of_the_critic(first: FirstBatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor._returns(Path(), first).ok
-    real = doctor.gae
-    monkeypatch.setattr(doctor, "gae", lambda v, r, m, gamma, lam: real(v, r, m, gamma=0.9, lam=lam))
-    assert not doctor._returns(Path(), first).ok
+    assert models.returns(Path(), first).ok
+    real = models.gae
+    monkeypatch.setattr(models, "gae", lambda v, r, m, gamma, lam: real(v, r, m, gamma=0.9, lam=lam))
+    assert not models.returns(Path(), first).ok
 
 
 def test_rewards_that_do_not_add_up(first: FirstBatch) -> None:
-    assert doctor._reward_sum(Path(), first).ok
+    assert models.reward_sum(Path(), first).ok
     twice = replace(first, experience=replace(first.experience, rewards=2 * first.experience.rewards))
-    assert not doctor._reward_sum(Path(), twice).ok
+    assert not models.reward_sum(Path(), twice).ok
 
 
 def test_a_gradient_that_depends_on_its_cut(first: FirstBatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor._micro_batches(Path(), first).ok
-    real = doctor._gradients
-    monkeypatch.setattr(doctor, "_gradients", lambda batch, tokens: real(batch, tokens) * (1 if tokens > 1 else 2))
-    assert not doctor._micro_batches(Path(), first).ok
+    assert models.micro_batches(Path(), first).ok
+    real = models._gradients
+    monkeypatch.setattr(models, "_gradients", lambda batch, tokens: real(batch, tokens) * (1 if tokens > 1 else 2))
+    assert not models.micro_batches(Path(), first).ok

@@ -1,0 +1,125 @@
+"""Checks of params.yaml and of what lies around it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from rlhf_tasks import engine, versioning
+from rlhf_tasks.config import Params
+from rlhf_tasks.data.tables import TokenColumn, read_table
+from rlhf_tasks.doctor.finding import Finding
+from rlhf_tasks.errors import UserError
+from rlhf_tasks.reward_function import load_reward_function
+from rlhf_tasks.stages import STAGES, Stage
+
+
+def sampling(root: Path, params: Params) -> Finding:
+    on = [f"generation.{name}" for name in ("top_k", "top_p") if getattr(params.generation, name) is not None]
+    if on:
+        text = "what is sampled is not what ratios and KL are of; set it to null"
+        return Finding("sampling", False, f"{', '.join(on)}: {text}")
+    return Finding("sampling", True, "top-k and top-p are off: PPO's ratios are of what is sampled")
+
+
+def estimator(root: Path, params: Params) -> Finding:
+    kind = params.ppo.kl.estimator
+    if kind != "k1":
+        text = f"the policy gradient of {kind} in the reward is not the KL's; use k1, unless a peer is to be matched"
+        return Finding("KL estimator", False, f"ppo.kl.estimator: {text}")
+    return Finding("KL estimator", True, "k1, whose policy gradient is the KL's")
+
+
+def coefficient(root: Path, params: Params) -> Finding:
+    kl = params.ppo.kl
+    if kl.coef == 0:
+        return Finding("KL coefficient", False, "ppo.kl.coef: 0, so nothing holds the Actor near SFT; try 0.05 to 0.2")
+    text = f"β is {kl.coef}" if kl.controller == "fixed" else f"β starts at {kl.coef}, towards {kl.target} nats"
+    return Finding("KL coefficient", True, text)
+
+
+def device(root: Path, params: Params) -> Finding:
+    runtime, cores = params.runtime, len(os.sched_getaffinity(0))
+    if runtime.device == "cuda":
+        found = torch.cuda.is_available()
+        text = torch.cuda.get_device_name() if found else "runtime.device: cuda, but torch sees no GPU; set it to cpu"
+        return Finding("device", found, text)
+    if runtime.threads > cores:
+        return Finding("device", False, f"runtime.threads: {runtime.threads}, but this process has {cores} cores")
+    return Finding("device", True, f"cpu, {runtime.threads} of {cores} cores")
+
+
+def evaluation_prompts(root: Path, params: Params) -> Finding:
+    count, heldout = params.evaluate.prompts, root / "data/prepared/prompts/heldout.arrow"
+    if not heldout.exists():
+        return Finding("evaluation", None, f"{count} held-out prompts, if prepare finds as many")
+    have = len(TokenColumn(read_table(heldout), "input_ids"))
+    if count > have:
+        return Finding("evaluation", False, f"evaluate.prompts: {count}, but there are {have} held-out prompts")
+    if count < 100:
+        text = f"{count}, so a gain is known to about ±{2 / count**0.5:.2f} sd; take 400 or more if there are"
+        return Finding("evaluation", False, f"evaluate.prompts: {text}")
+    return Finding("evaluation", True, f"{count} held-out prompts")
+
+
+def checkpoints(root: Path, params: Params) -> Finding:
+    """Whether SFT and Reward are those of the present parameters, data and code."""
+    workspace = engine.Workspace(root, params)
+    engine.check_sources(params, root, [STAGES["prepare"], STAGES["sft"]])
+    stages = [STAGES[name] for name in ("sft", "reward")]
+    if not all((root / f"checkpoints/{stage.name}").exists() for stage in stages):
+        return Finding("checkpoints", None, "there are none yet")
+    for stage in stages:
+        job = engine.plan(workspace, stage)
+        entry = workspace.store.find(job.key)
+        if not (entry and engine.exported(workspace, entry)) and not _vouched(workspace, stage):
+            text = f"checkpoints/{stage.name} is of other parameters, data or code; `rlhf run --until reward` first"
+            return Finding("checkpoints", False, text)
+    return Finding("checkpoints", True, "SFT and Reward are those of params.yaml, data and code")
+
+
+def _vouched(workspace: engine.Workspace, stage: Stage) -> bool:
+    """Whether dvc.lock says so, as in a clone that pulled."""
+    try:
+        return engine.adoptable(workspace, stage) and stage.name not in versioning.outdated_stages(workspace.root)
+    except UserError:  # no DVC here
+        return False
+
+
+def lengths(root: Path, params: Params) -> Finding:
+    data, sft = params.data, root / "checkpoints/sft"
+    longest = data.max_prompt_tokens + max(params.generation.max_new_tokens, data.max_response_tokens)
+    folder = sft if sft.exists() else root / params.model.base
+    if not folder.exists():
+        return Finding("lengths", None, f"prompt and response have at most {longest} tokens")
+    settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    have = getattr(settings, "max_position_embeddings", None)
+    if have is not None and longest > have:
+        text = f"prompt and response may have {longest} tokens, the model has {have} positions"
+        return Finding("lengths", False, f"{text}; lower data.max_prompt_tokens or generation.max_new_tokens")
+    return Finding("lengths", True, f"prompt and response have at most {longest} tokens, the model {have} positions")
+
+
+class _Words:
+    """Stands in for a tokenizer where only texts are wanted: a row is its own text."""
+
+    def batch_decode(self, rows: list[list[str]], skip_special_tokens: bool) -> list[str]:
+        return [" ".join(row) for row in rows]
+
+
+def reward_function(root: Path, params: Params) -> Finding:
+    """That it can be imported and called, before there is any model."""
+    score = load_reward_function(params.reward_function, _Words())
+    if score is None:
+        return Finding("reward function", True, "none is named")
+    prompts: Any = [["The", "film", "is"], ["A", "film"]]
+    responses: Any = [["good", "!"], ["that", "is", "bad"]]
+    first, again = (score(prompts, responses).tolist() for _ in range(2))
+    if first != again:
+        text = f"{params.reward_function.name}: other scores for the same texts, so no run could be made again"
+        return Finding("reward function", False, text)
+    return Finding("reward function", True, f"{params.reward_function.name}: scores two texts {first}")

@@ -1,0 +1,73 @@
+"""The very prompts and draws of the first PPO iteration, which the checks of models look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_tasks.config import Params
+from rlhf_tasks.data.batching import Batch
+from rlhf_tasks.models import load_tokenizer, response_logits
+from rlhf_tasks.ppo.experience import Episodes, Experience, per_token
+from rlhf_tasks.ppo.functional import response_logprobs
+from rlhf_tasks.ppo.iteration import evaluate, roll_out
+from rlhf_tasks.ppo_stage import Trainer
+
+EPISODES = 32
+
+
+@dataclass(frozen=True)
+class FirstBatch:
+    """The four models before the first update, and what they make of the first prompts."""
+
+    params: Params
+    trainer: Trainer
+    tokenizer: Any
+    episodes: Episodes
+    experience: Experience
+
+    @classmethod
+    def load(cls, root: Path, params: Params) -> FirstBatch:
+        """From the SFT and Reward checkpoints of the workspace, whatever the Actor has learned since."""
+        trainer = Trainer.load(
+            seed=params.seed,
+            runtime=params.runtime,
+            generation=params.generation,
+            reward_function=params.reward_function,
+            ppo=params.ppo,
+            prompts=root / "data/prepared/prompts",
+            sft=root / "checkpoints/sft",
+            reward=root / "checkpoints/reward",
+            parent=None,
+        )
+        state, fixed = trainer.state, trainer.fixed
+        count = min(EPISODES, params.ppo.batch, len(fixed.prompts))
+        episodes = roll_out(state, fixed, count, params.seed)
+        experience, _ = evaluate(state, fixed, params.ppo, episodes)
+        return cls(params, trainer, load_tokenizer(root / "checkpoints/sft"), episodes, experience)
+
+    def logprobs(self, micro_batch_tokens: int) -> Tensor:
+        """The Actor's own, `[B, T]`, by forward passes over micro-batches of this size."""
+
+        def measure(batch: Batch) -> tuple[Tensor, ...]:
+            logits = response_logits(self.actor, batch.input_ids, batch.attention_mask, batch.tokens.shape[1])
+            return (response_logprobs(logits, batch.tokens, self.params.generation.temperature),)
+
+        return self.over(measure, self.episodes, micro_batch_tokens)
+
+    def over(self, measure: Callable[[Batch], tuple[Tensor, ...]], episodes: Episodes, tokens: int) -> Tensor:
+        """What `measure` gives for every response token, `[B, T]`."""
+        (result,) = per_token(measure, episodes, tokens, self.pad_id, self.experience.mask.device)
+        return result
+
+    @property
+    def actor(self) -> Any:
+        return self.trainer.state.actor.model
+
+    @property
+    def pad_id(self) -> int:
+        return self.trainer.fixed.sampling.pad_id

@@ -1,0 +1,164 @@
+"""Checks of the four models: what a run of them needs, and what holds of any PPO, on the first iteration's episodes."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from rlhf_tasks.data.batching import pad_rows
+from rlhf_tasks.doctor.finding import Finding
+from rlhf_tasks.doctor.first_batch import FirstBatch
+from rlhf_tasks.models import position_ids
+from rlhf_tasks.ppo.experience import Episodes, response_values
+from rlhf_tasks.ppo.functional import actor_loss, gae, kl_per_token, masked_mean, response_logprobs
+from rlhf_tasks.ppo.optimization import gradients
+
+#: how far float32 may be off: log-probabilities in nats, gradients relative to their norm
+LOGPROB_GAP, GRADIENT_GAP = 1e-4, 1e-3
+STATES = 4  # the two that are kept, the one being written, the stage's result
+
+
+def prompts(root: Path, batch: FirstBatch) -> Finding:
+    have, ppo = len(batch.trainer.fixed.prompts), batch.params.ppo
+    if ppo.batch > have:
+        return Finding("prompts", False, f"ppo.batch: {ppo.batch}, but there are {have} prompts; lower it or add some")
+    passes = ppo.batch * ppo.iterations / have
+    return Finding("prompts", True, f"{have}; {ppo.iterations} iterations of {ppo.batch} are {passes:.2g} passes")
+
+
+def disk(root: Path, batch: FirstBatch) -> Finding:
+    models = (batch.actor, batch.trainer.state.critic.model)
+    state = sum(3 * 4 * p.numel() for model in models for p in model.parameters())  # weights and two moments, float32
+    free = shutil.disk_usage(root).free
+    text = f"{STATES * state / 1e9:.2g} GB for states of PPO, {free / 1e9:.2g} GB free"
+    return Finding("disk", free > STATES * state, text if free > STATES * state else f"{text}: make room")
+
+
+def dropout(root: Path, batch: FirstBatch) -> Finding:
+    models = {"Actor": batch.actor, "Critic": batch.trainer.state.critic.model}
+    models |= {"Ref": batch.trainer.fixed.ref, "Reward": batch.trainer.fixed.reward}
+    active = [name for name, model in models.items() if any(module.training for module in model.modules())]
+    one, other = batch.logprobs(4096), batch.logprobs(4096)
+    if not one.isfinite().all():
+        return Finding("dropout", False, "the Actor's log-probabilities are not finite: its checkpoint is damaged")
+    if active or not torch.equal(one, other):
+        return Finding("dropout", False, f"on in {', '.join(active) or 'Actor'}: two passes differ, so no ratio is 1")
+    return Finding("dropout", True, "off in all four models: two passes agree to the bit")
+
+
+@torch.no_grad()
+def decoding(root: Path, batch: FirstBatch) -> Finding:
+    """Token by token with a cache, as in the rollout, against one forward pass, as in the update."""
+    prompts, responses = batch.episodes.prompts, batch.episodes.responses
+    device, temperature = batch.experience.mask.device, batch.params.generation.temperature
+    ids, mask = (tensor.to(device) for tensor in pad_rows(prompts, batch.pad_id, left=True))
+    tokens, counted = (tensor.to(device) for tensor in pad_rows(responses, batch.pad_id))
+    positions, cache, found = position_ids(mask), DynamicCache(config=batch.actor.config), []
+    for place in range(tokens.shape[1]):
+        logits = batch.actor(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        ids, positions = tokens[:, place : place + 1], positions[:, -1:] + 1
+        found.append(response_logprobs(logits, ids, temperature))
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    gap = _largest(torch.cat(found, dim=1) - batch.experience.old_logprobs, counted)
+    return _within("rollout", gap, LOGPROB_GAP, "nats between decoding with a cache and one forward pass")
+
+
+def padding(root: Path, batch: FirstBatch) -> Finding:
+    """In a micro-batch of its own, an episode has no padding."""
+    gap = _largest(batch.logprobs(1) - batch.experience.old_logprobs, batch.experience.mask)
+    return _within("padding", gap, LOGPROB_GAP, "nats between an episode alone and in its batch")
+
+
+def first_step(root: Path, batch: FirstBatch) -> Finding:
+    """Before the first optimizer step the policy is the one that sampled: ratio 1, nothing clipped, loss -mean(A)."""
+    x, ppo = batch.experience, batch.params.ppo
+    logprobs = batch.logprobs(max(1, ppo.micro_batch_tokens // 2))
+    gap = _largest(logprobs - x.old_logprobs, x.mask)
+    result = actor_loss(logprobs, x.old_logprobs, x.advantages, x.mask, ppo.clip)
+    loss = (result.loss + masked_mean(x.advantages, x.mask)).abs().item()
+    clipped = result.clip_fraction.item()
+    if not (gap <= LOGPROB_GAP and clipped == 0 and loss <= LOGPROB_GAP):  # NaN is not
+        text = f"|log ratio| up to {gap:.1e}, clip fraction {clipped:.2g}, policy loss off by {loss:.1e}, expected 0"
+        return Finding("first step", False, f"{text}: forward passes of this model do not repeat")
+    return Finding("first step", True, f"|log ratio| at most {gap:.1e}, clip fraction 0, policy loss off by {loss:.1e}")
+
+
+def reward_sum(root: Path, batch: FirstBatch) -> Finding:
+    x, ppo = batch.experience, batch.params.ppo
+    if ppo.whiten_rewards or ppo.kl.estimator == "full":
+        return Finding("rewards", True, "whitened, or with the full KL: no plain sum to compare with")
+    kl = kl_per_token(x.old_logprobs, x.ref_logprobs, ppo.kl.estimator)
+    kl = torch.where(x.mask.bool(), kl, 0.0).sum(1)
+    wanted = x.scores - batch.trainer.state.kl_control.coef * kl
+    gap = ((x.rewards.sum(1) - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
+    return _within("rewards", gap, LOGPROB_GAP, "between an episode's rewards and score - β·KL")
+
+
+def returns(root: Path, batch: FirstBatch) -> Finding:
+    """Without discount, a return is the sum of the rewards to come, whatever the Critic says."""
+    x = batch.experience
+    _, returns = gae(x.old_values, x.rewards, x.mask, gamma=1.0, lam=1.0)
+    to_come = torch.where(x.mask.bool(), x.rewards.flip(1).cumsum(1).flip(1), 0.0)
+    gap = ((returns - to_come).abs() / to_come.abs().clamp(min=1)).max().item()
+    return _within("returns", gap, LOGPROB_GAP, "between returns at γ = λ = 1 and the rewards to come")
+
+
+def order(root: Path, batch: FirstBatch) -> Finding:
+    """An episode's numbers do not depend on which others stand before it."""
+    e = batch.episodes
+    turned = replace(batch, episodes=Episodes(e.prompts[::-1], e.responses[::-1], e.ended[::-1]))
+    tokens = batch.params.ppo.micro_batch_tokens
+    gap = _largest(turned.logprobs(tokens).flip(0) - batch.experience.old_logprobs, batch.experience.mask)
+    return _within("order", gap, LOGPROB_GAP, "nats between a batch and the same one backwards")
+
+
+def micro_batches(root: Path, batch: FirstBatch) -> Finding:
+    """Both models' gradients of a minibatch, in one piece and in single episodes."""
+    whole, cut = (_gradients(batch, tokens) for tokens in (1 << 30, 1))
+    gap = ((whole - cut).norm() / whole.norm().clamp(min=1e-12)).item()
+    return _within("micro-batches", gap, GRADIENT_GAP, "of the gradient's norm between one micro-batch and many")
+
+
+def _gradients(batch: FirstBatch, micro_batch_tokens: int) -> Tensor:
+    state, params = batch.trainer.state, batch.params
+    ppo = params.ppo.model_copy(update={"micro_batch_tokens": micro_batch_tokens})
+    rows, temperature = list(range(len(batch.episodes.responses))), params.generation.temperature
+    gradients(rows, batch.episodes, batch.experience, state.actor, state.critic, ppo, temperature, True, batch.pad_id)
+    learners = (state.actor, state.critic)
+    found = torch.cat([p.grad.flatten() for m in learners for p in m.model.parameters() if p.grad is not None])
+    for learner in learners:
+        learner.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def value_and_action(root: Path, batch: FirstBatch) -> Finding:
+    """V of a place must not change with the token that is chosen there."""
+    prompts, responses, stopped = batch.episodes.prompts, batch.episodes.responses, batch.episodes.ended
+    other = [[*r[:-1], (r[-1] + 1) % batch.actor.config.vocab_size] for r in responses]
+    critic = batch.trainer.state.critic.model
+    values = batch.over(lambda part: (response_values(critic, part),), Episodes(prompts, other, stopped), 4096)
+    gap = _largest(values - batch.experience.old_values, batch.experience.mask)
+    return _within("values", gap, LOGPROB_GAP, "between V with one last token and with another")
+
+
+def _largest(difference: Tensor, mask: Tensor) -> float:
+    return torch.where(mask.bool(), difference, 0.0).abs().max().item()
+
+
+def _within(name: str, gap: float, limit: float, what: str) -> Finding:
+    if not gap <= limit:  # NaN is not within
+        text = "the numbers of this model are not to be trusted: try another version of its code or weights"
+        return Finding(name, False, f"{gap:.1e} {what}, expected at most {limit:.0e}; {text}")
+    return Finding(name, True, f"{gap:.1e} {what}")
