@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 from rlhf_tasks import engine
@@ -76,9 +77,23 @@ def task_length(workspace: Workspace, done: list[Entry]) -> int:
     left = workspace.params.ppo.iterations - len(done)
     wanted = workspace.params.saving.iterations_per_task
     if wanted == "auto":
-        perf = next((e.manifest["perf"] for e in reversed(done) if "save_seconds" in e.manifest["perf"]), None)
-        wanted = math.ceil(perf["save_seconds"] / (SAVING_SHARE * perf["seconds"])) if perf else 1
+        wanted = _cheap_length([entry.manifest["perf"] for entry in done], left)
     return max(1, min(wanted, left))
+
+
+def _cheap_length(done: list[dict[str, float]], left: int) -> int:
+    """Iterations to the next save, such that saves, spread evenly over what is left, take `SAVING_SHARE` of the run.
+
+    The first iteration's save is the first measurement. If saving was dearer so far, less of it follows, but no task is
+    more than three times as long as a save is worth: a kill costs a task.
+    """
+    saves = [perf["save_seconds"] for perf in done if "save_seconds" in perf]
+    if not saves:
+        return 1
+    seconds = fmean(perf["seconds"] for perf in done)
+    affordable = SAVING_SHARE * seconds * (len(done) + left) - sum(saves)
+    count = max(1, math.floor(affordable / saves[-1]))
+    return min(math.ceil(left / count), 3 * math.ceil(saves[-1] / (SAVING_SHARE * seconds)))
 
 
 def advance(workspace: Workspace, done: list[Entry], watch: Callable[[Entry], None]) -> list[Entry]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import math
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 from changes import flip_bit, with_params
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlhf_tasks import chain, ppo_stage
 from rlhf_tasks.engine import Workspace
@@ -89,16 +94,41 @@ def test_within_a_task_only_the_last_state_is_saved(unbegun: Workspace) -> None:
     assert chain.usable(chain.known(project)) == []
 
 
-@pytest.mark.parametrize(("save", "length"), [(0.1, 1), (1.0, 2), (1.4, 3), (50.0, 8)])
-def test_auto_saves_as_seldom_as_makes_it_cheap(copy: Workspace, save: float, length: int) -> None:
-    """An iteration takes 10 s; 5 % of the time may go into saving; 8 iterations are left."""
-    project = with_params(copy, "saving.iterations_per_task=auto", "ppo.iterations=11")
-    entries = chain.known(project)
-    assert chain.task_length(project, []) == 1  # nothing was measured yet
-    for entry in entries[:2]:
-        entry.manifest["perf"].update(seconds=10.0, save_seconds=99.0)
-    entries[-1].manifest["perf"].update(seconds=10.0, save_seconds=save)
-    assert chain.task_length(project, entries) == length
+def saved_iterations(iterations: int, save: float, seconds: float = 10.0) -> list[int]:
+    """After which iterations `auto` saves, where an iteration and a save take so long."""
+    params = SimpleNamespace(
+        ppo=SimpleNamespace(iterations=iterations), saving=SimpleNamespace(iterations_per_task="auto")
+    )
+    workspace: Any = SimpleNamespace(params=params)
+    done: list[Entry] = []
+    saved = []
+    while len(done) < iterations:
+        length = chain.task_length(workspace, done)
+        done += [Entry(Path(), {"perf": {"seconds": seconds}}) for _ in range(length)]
+        done[-1].manifest["perf"]["save_seconds"] = save
+        saved.append(len(done))
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("iterations", "save", "expected"),
+    [
+        (4, 0.1, [1, 2, 3, 4]),
+        (28, 4.0, [1, 15, 28]),  # 14 s of the 280 may go into saving: three times
+        (10, 50.0, [1, 10]),  # no way to do it cheaply
+    ],
+)
+def test_auto_saves_as_often_as_is_cheap(iterations: int, save: float, expected: list[int]) -> None:
+    assert saved_iterations(iterations, save) == expected
+
+
+@settings(deadline=None)
+@given(iterations=st.integers(1, 200), save=st.floats(0.01, 100))
+def test_auto_spends_its_share_and_risks_no_more_than_needed(iterations: int, save: float) -> None:
+    saved = saved_iterations(iterations, save)
+    assert saved[-1] == iterations
+    assert len(saved) <= max(2, chain.SAVING_SHARE * 10 * iterations / save)
+    assert max(after - before for before, after in itertools.pairwise([0, *saved])) <= 3 * math.ceil(save / 0.5)
 
 
 def test_an_iteration_that_failed_half_way_leaves_no_half_trained_model_behind(
