@@ -6,8 +6,9 @@ Shapes: B episodes, T response tokens, V vocabulary. Place t of a [B, T] tensor 
 A mask is [B, T], of any dtype, non-zero where a token counts. What lies outside it influences nothing, not even as NaN
 or inf: no result and no gradient. Results outside it are 0. (So `torch.where`; multiplying by the mask leaves 0·NaN.)
 
-Results keep the dtype of the inputs. Half precision is widened to float32 inside: sums over thousands of tokens do not
-fit it. Log-probabilities and entropies of half-precision logits stay float32.
+Results have the dtype of the inputs, the widest where they differ, and that of floats where all are integers. Half
+precision is widened to float32 inside: sums over thousands of tokens do not fit it. Log-probabilities, entropies and KL
+of half-precision logits stay float32.
 
 Sources, cited below by name:
 - PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2015, arXiv:1506.02438.
@@ -18,7 +19,7 @@ Sources, cited below by name:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import reduce, wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -28,29 +29,29 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 #: e^80 fits float32 with room to multiply; a ratio of that size is divergence anyhow, but must not become inf·0 = NaN
-LOG_RATIO_LIMIT = 80.0
+LOG_RATIO_LIMIT = {torch.float32: 80.0, torch.float64: 700.0}
 #: iterations in which the slow part of `LengthControl` moves by as much as the fast one
 SLOW_ITERATIONS = 15
 
 
 def _wide(function: Callable[P, R]) -> Callable[P, R]:
-    """Compute in float32 what comes in half precision, and give the result back in the dtype that came."""
+    """Compute in float32 at least, and give the result back in the widest dtype that came."""
 
     @wraps(function)
     def widened(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
-        dtype = given[0].dtype
-        if dtype not in (torch.float16, torch.bfloat16):
-            return function(*args, **kwargs)
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        floats = [a.dtype for a in tensors if a.is_floating_point()]
+        dtype = reduce(torch.promote_types, floats) if floats else torch.get_default_dtype()
+        inside = torch.promote_types(dtype, torch.float32)
 
-        def cast(x: Any, to: torch.dtype) -> Any:
-            return x.to(to) if isinstance(x, Tensor) and x.is_floating_point() else x
+        def widen(x: Any) -> Any:
+            return x.to(inside) if isinstance(x, Tensor) and x.dtype != torch.bool else x
 
         wide: Any = function
-        result = wide(*(cast(a, torch.float32) for a in args), **{k: cast(a, torch.float32) for k, a in kwargs.items()})
+        result = wide(*(widen(a) for a in args), **{name: widen(a) for name, a in kwargs.items()})
         if isinstance(result, Tensor):
-            return cast(result, dtype)
-        parts = [cast(x, dtype) for x in result]
+            return result.to(dtype)  # type: ignore[return-value]
+        parts = [x.to(dtype) for x in result]
         return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)  # type: ignore[return-value]
 
     return widened
@@ -101,6 +102,7 @@ def entropy(logits: Tensor, temperature: float) -> Tensor:
 # --- KL to the reference --------------------------------------------------------------------------------------------
 
 
+@_wide
 def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """Estimate of KL(Actor ‖ Ref) at each token that the Actor sampled, with d = logprob - ref_logprob (KL-approx).
 
@@ -339,17 +341,20 @@ def actor_loss(
         count: tokens of the whole *minibatch*; by default those of this call. Micro-batches that are all given the
             count of their minibatch have losses, gradients and statistics that add up to its own, however it is split.
         dual_clip: c > 1 bounds the loss of a token with A < 0 by -A·c, however large ρ is (dual clip); None does not.
+
+    log ρ is held within ±80 in float32, ±700 in float64, past which a token has no gradient: peers' ρ is inf there.
     """
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip is {dual_clip}: expected a number above 1 (such as 3), or None for no dual clip.")
     log_ratio, advantages = _only(logprobs - old_logprobs, mask), _only(advantages, mask)
-    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    limit = LOG_RATIO_LIMIT[log_ratio.dtype]
+    ratio = log_ratio.clamp(-limit, limit).exp()
     plain = -advantages * ratio
     clipped = plain if clip is None else -advantages * ratio.clamp(1 - clip, 1 + clip)
     loss = torch.maximum(plain, clipped)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
-    n = _count(mask) if count is None else count
+    n = _count(mask, count)
     return ActorLoss(
         loss=loss.sum() / n,  # nothing to mask: A is 0 outside
         clip_fraction=(clipped > plain).sum(dtype=loss.dtype) / n,
@@ -378,7 +383,7 @@ def critic_loss(
     values, old_values, returns = _only(values, mask), _only(old_values, mask), _only(returns, mask)
     plain = (values - returns).square()
     clipped = plain if clip is None else (values.clamp(old_values - clip, old_values + clip) - returns).square()
-    n = _count(mask) if count is None else count
+    n = _count(mask, count)
     return CriticLoss(
         loss=torch.maximum(plain, clipped).sum() / 2 / n,
         clip_fraction=(clipped > plain).sum(dtype=plain.dtype) / n,
@@ -396,13 +401,15 @@ def _only(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.bool(), x, 0)
 
 
-def _count(mask: Tensor) -> Tensor:
-    """Number of counted places, at least 1, so that nothing counted means 0 and not 0/0."""
-    return mask.bool().sum().clamp(min=1)
+def _count(mask: Tensor, given: float | Tensor | None = None) -> Tensor:
+    """Number of counted places, or the one that is given; at least 1, so that nothing counted means 0 and not 0/0."""
+    count = mask.bool().sum() if given is None else torch.as_tensor(given, device=mask.device)
+    return count.clamp(min=1)
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
     """logits / temperature, in float32 at least; no copy of [B, T, V] where neither changes anything."""
+    _check_number("temperature", temperature, temperature > 0, "above 0")
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return wide if temperature == 1 else wide / temperature
 

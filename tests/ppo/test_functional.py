@@ -373,6 +373,49 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
     assert advantages.dtype == returns.dtype == dtype
 
 
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16, torch.int64])
+def test_the_widest_dtype_wins_in_whatever_order(narrow: torch.dtype) -> None:
+    one, wide = torch.ones(2, 3), torch.full((2, 3), 1 / 3, dtype=f64)
+    for values, rewards in ((one.to(narrow), wide), (wide, one.to(narrow))):
+        for result in F.gae(values, rewards, one, 0.9, 0.9):
+            assert result.dtype == f64
+            assert (result.to(narrow).to(f64) != result).any(), "computed wide, too"
+    assert F.assemble_rewards(one[:, 0].to(narrow), wide, one, 0.1).dtype == f64
+
+
+def test_integers_are_numbers() -> None:
+    x = torch.tensor([[1, 2, 9]])
+    assert F.masked_mean(x, torch.tensor([[1, 1, 0]])) == 1.5
+    assert F.masked_var(x, torch.tensor([[1, 1, 0]])) == 0.5
+
+
+@pytest.mark.parametrize("count", [0, torch.tensor(0)])
+def test_an_empty_minibatch_adds_0(count: float | Tensor) -> None:
+    x, mask = torch.randn(4, 2, 3), torch.zeros(2, 3)
+    found = (*F.actor_loss(x[0], x[1], x[2], mask, 0.2, count), *F.critic_loss(x[0], x[1], x[2], mask, 0.2, count))
+    assert [float(number) for number in found] == [0] * len(found)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_is_above_0(temperature: float) -> None:
+    logits = torch.randn(1, 2, 5)
+    for wrong in (
+        lambda: F.entropy(logits, temperature),
+        lambda: F.response_logprobs(logits, torch.zeros(1, 2, dtype=torch.int64), temperature),
+    ):
+        with pytest.raises(ValueError, match=r"temperature is .*: expected a finite number above 0"):
+            wrong()
+
+
+def test_a_large_ratio_in_float64_is_exact() -> None:
+    new = t([100.0]).requires_grad_()
+    loss = F.actor_loss(new, t([0.0]), t([-1.0]), t([1.0]), 0.2).loss
+    loss.backward()
+    assert new.grad is not None
+    assert loss.item() == pytest.approx(math.exp(100))
+    assert float(new.grad) == pytest.approx(math.exp(100))
+
+
 def test_a_ratio_beyond_float32_is_no_nan() -> None:
     new = torch.tensor([[100.0, 100.0, 100.0]], requires_grad=True)
     result = F.actor_loss(new, torch.zeros(1, 3), torch.tensor([[0.0, 1.0, -1.0]]), torch.ones(1, 3), 0.2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from rlhf_tasks.ppo.iteration import (
     distinct_bigrams,
     iterate,
     pick_prompts,
+    roll_out,
     rollout_metrics,
     schedule_factor,
     set_learning_rates,
@@ -105,6 +108,26 @@ def test_every_number_is_finite_and_has_its_group(four: Any, settings: dict[str,
     assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
     assert {name.split("/")[0] for name in metrics} == {"objective", "advantage", "policy", "value", "response"}
     assert set(timings) == {"rollout_seconds", "experience_seconds", "optimization_seconds", "response_tokens"}
+
+
+def test_one_temperature_samples_scores_and_updates(four: Any) -> None:
+    """Else the first step's ratio is not 1, and the KL is another distribution's."""
+    settings = ppo(epochs=1, minibatches=1)
+    state, fixed = start(four, settings)
+    fixed = replace(fixed, sampling=replace(SAMPLING, temperature=0.7))
+    kls = []
+    episodes = roll_out(state, fixed, settings.batch, seed=5)
+    for prompt, response in zip(episodes.prompts, episodes.responses, strict=True):
+        ids = torch.tensor([[*prompt, *response]])
+        own, ref = (
+            (model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1)[range(len(response)), response]
+            for model in (four.actor, four.ref)
+        )
+        kls.append(float((own - ref).detach().sum()))
+    metrics, _ = iterate(state, fixed, settings, seed=5)
+    assert metrics["objective/kl"] == pytest.approx(fmean(kls), abs=1e-4)
+    assert metrics["policy/approx_kl"] < 1e-8
+    assert metrics["policy/clip_fraction"] == 0
 
 
 def test_the_actor_waits_while_the_critic_warms_up(four: Any) -> None:

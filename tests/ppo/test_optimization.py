@@ -66,7 +66,7 @@ def gone_on(four: Any, rollout: Episodes) -> tuple[Any, Experience]:
     return four, x
 
 
-FULL = {"clip": 0.1, "value_clip": 0.1, "dual_clip": 1.5, "entropy_coef": 0.05}
+FULL = {"clip": 0.1, "value_clip": 0.07, "dual_clip": 1.5, "entropy_coef": 0.05}
 
 
 def test_before_the_first_step_the_ratio_is_one(four: Any, rollout: Episodes) -> None:
@@ -115,7 +115,7 @@ def test_the_gradient_is_that_of_the_formula(gone_on: tuple[Any, Experience], ro
                 loss = torch.minimum(loss, -a * 1.5)
             actor_loss = actor_loss + (loss + 0.05 * (logp[t].exp() * logp[t]).sum()) / count
             old, target = x.old_values[row, t], x.returns[row, t]
-            errors = (values[t] - target) ** 2, (values[t].clamp(old - 0.1, old + 0.1) - target) ** 2
+            errors = (values[t] - target) ** 2, (values[t].clamp(old - 0.07, old + 0.07) - target) ** 2
             critic_loss = critic_loss + torch.maximum(*errors) / 2 / count
     expected = [
         torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
@@ -226,6 +226,20 @@ def mean_entropy(actor: Any, rollout: Episodes) -> float:
     rows = [torch.tensor([[*p, *r]]) for p, r in zip(rollout.prompts, rollout.responses, strict=True)]
     logps = torch.cat([actor(input_ids=row).logits[0] for row in rows]).log_softmax(-1)
     return -(logps.exp() * logps).sum(-1).mean().item()
+
+
+def test_statistics_and_the_target_kl_weigh_every_token_alike(
+    gone_on: tuple[Any, Experience], rollout: Episodes
+) -> None:
+    """Five minibatches of unequal length without a step in between are the whole batch."""
+    four, x = gone_on
+    whole = update(four, rollout, x, ppo(), rate=0.0)
+    cut = update(four, rollout, x, ppo(minibatches=5), rate=0.0)
+    for name in ("policy/approx_kl", "policy/ratio_mean", "value/error", "value/clip_fraction"):
+        assert cut[name] == pytest.approx(whole[name], rel=1e-9), name
+    for factor, epochs in ((0.999, 1), (1.001, 3)):
+        settings = ppo(minibatches=5, epochs=3, target_kl=factor * whole["policy/approx_kl"])
+        assert update(four, rollout, x, settings, rate=0.0)["policy/epochs"] == epochs
 
 
 def test_an_entropy_bonus_raises_the_entropy(four: Any, rollout: Episodes) -> None:
