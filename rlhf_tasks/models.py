@@ -79,7 +79,7 @@ def new_scorer(sft: Path, tokenizer: Any, seed: int, purpose: str, device: torch
     """The SFT model's trunk with a new scalar head, drawn for the `purpose`: "reward" or "critic"."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, purpose, "weights"))
-        scorer = _load(AutoModelForSequenceClassification, sft, num_labels=1)
+        scorer = _load(AutoModelForSequenceClassification, sft, new=("score.weight",), num_labels=1)
     return _ready(scorer, tokenizer).to(device)
 
 
@@ -169,14 +169,16 @@ def _scratch_config(scratch: config.Scratch, tokenizer: Any) -> LlamaConfig:
     )
 
 
-def _load(kind: Any, folder: Path, **options: Any) -> Any:
+def _load(kind: Any, folder: Path, new: tuple[str, ...] = (), **options: Any) -> Any:
+    """A model of a folder, which has every weight but those that are to be `new`: no other is made up silently."""
     try:
-        return kind.from_pretrained(
+        model, found = kind.from_pretrained(
             folder,
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
             **options,
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -184,6 +186,10 @@ def _load(kind: Any, folder: Path, **options: Any) -> Any:
         raise UserError(
             f"{folder}: not a loadable {kind.__name__[9:]} folder with safetensors weights: {first}"
         ) from error
+    if missing := sorted(set(found["missing_keys"]) - set(new)):
+        expected = f"expected all of its {type(model).__name__}"
+        raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}; {expected}")
+    return model
 
 
 def _ready(model: Any, tokenizer: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_tasks import doctor
+from rlhf_tasks import config, doctor
 from rlhf_tasks.config import load_params, parse_assignments, set_params
 from rlhf_tasks.doctor import Finding, FirstBatch, examine, models, reward
 from rlhf_tasks.engine import Workspace
@@ -49,6 +50,8 @@ def test_before_anything_ran_it_says_what_waits(workspace: Callable[..., Workspa
         ("sampling", "generation.top_k=5", "generation.top_k"),
         ("KL estimator", "ppo.kl.estimator=k2", "k2 in the reward is not the KL's"),
         ("KL coefficient", "ppo.kl.coef=0", "nothing holds the Actor"),
+        ("schedule", "ppo.critic_warmup=2", "the Actor never learns"),
+        ("schedule", "ppo.schedule={kind: linear, total: 1}", "the rates are 0 after 1 of 2 iterations"),
         ("device", "runtime.threads=4096", "this process has"),
         ("evaluation", "evaluate.prompts=100000", "held-out prompts"),
         ("template", "data.template=chat", "no chat template"),
@@ -107,15 +110,55 @@ def test_the_reward_is_asked_about_real_pairs(finished_copy: Workspace) -> None:
     assert before + agreeing() == len(pairs.lengths)
 
 
-def test_a_raw_score_of_an_odd_scale(finished_copy: Workspace) -> None:
-    path = finished_copy.root / "checkpoints/reward/score_statistics.json"
-    path.write_text(json.dumps({"mean": 40.0, "std": 0.01, "samples": 16}))
+@pytest.mark.parametrize(
+    ("head", "said"), [(0.0, "the Reward learned nothing"), (math.nan, "have a score that is not finite")]
+)
+def test_a_reward_that_says_nothing(first: FirstBatch, finished: Any, head: float, said: str) -> None:
+    with torch.no_grad():
+        first.trainer.fixed.reward.score.weight.fill_(head)
+    finding = reward.sign(finished.workspace.root, first)
+    assert finding.ok is False
+    assert said in finding.text
+
+
+def test_a_raw_score_of_an_odd_scale(finished: Any, tmp_path: Path, first: FirstBatch) -> None:
+    write_statistics(tmp_path, mean=40.0, std=0.01)
+    scores = 40 + 0.01 * torch.tensor([-1.0, 1.0, -1.0, 1.0])
     for kind, well in (("raw", False), ("normalised", True)):
-        set_params(finished_copy.root / "params.yaml", {"ppo.score.kind": kind})
-        batch = FirstBatch.load(finished_copy.root, load_params(finished_copy.root / "params.yaml"))
-        finding = reward.scale(finished_copy.root, batch)
+        ppo = first.params.ppo.model_copy(update={"score": config.Score(kind=kind)})
+        batch = replace(first, params=first.params.model_copy(update={"ppo": ppo}), raw_scores=scores)
+        finding = reward.scale(tmp_path, batch)
         assert finding.ok is well
         assert well or "set ppo.score.kind to normalised" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, None),
+        ({"std": 0.0}, "no scale at all"),
+        ({"std": math.nan}, "no scale at all"),
+        ({"std": -1.0}, "no scale at all"),
+        ({"std": 1e-9}, "is another model's"),
+        ({"mean": 1e6}, "is another model's"),
+        ({"length": 0.0}, "no length of SFT answers"),
+    ],
+)
+def test_score_statistics_that_cannot_be(
+    tmp_path: Path, first: FirstBatch, changed: dict[str, float], said: str | None
+) -> None:
+    scores = torch.tensor([-1.0, 0.0, 1.0, 0.0])
+    write_statistics(tmp_path, **({"mean": 0.0, "std": 1.0, "length": 5.0} | changed))
+    ppo = first.params.ppo.model_copy(update={"missing_eos": config.MissingEOS(mode="steer")})
+    batch = replace(first, params=first.params.model_copy(update={"ppo": ppo}), raw_scores=scores)
+    finding = reward.scale(tmp_path, batch)
+    assert finding.ok is (said is None)
+    assert said is None or said in finding.text
+
+
+def write_statistics(root: Path, **statistics: float) -> None:
+    (root / "checkpoints/reward").mkdir(parents=True)
+    (root / "checkpoints/reward/score_statistics.json").write_text(json.dumps(statistics | {"samples": 16}))
 
 
 def damage(path: Path) -> None:
@@ -236,6 +279,35 @@ def test_rewards_that_do_not_add_up(first: FirstBatch) -> None:
     assert models.reward_sum(Path(), first).ok
     twice = replace(first, experience=replace(first.experience, rewards=2 * first.experience.rewards))
     assert not models.reward_sum(Path(), twice).ok
+
+
+@pytest.mark.parametrize(
+    ("check", "field", "change"),
+    [
+        (models.reward_sum, "rewards", lambda x: x.rewards.roll(1, 1)),
+        (models.returns, "returns", lambda x: x.returns + x.mask),
+        (models.returns, "raw_advantages", lambda x: x.raw_advantages.roll(1, 0)),
+        (models.advantages, "advantages", lambda x: 1.1 * x.advantages),
+        (models.advantages, "advantages", lambda x: x.advantages + 0.1),
+        (models.reference, "ref_logprobs", lambda x: x.ref_logprobs + 0.01),
+    ],
+)
+def test_experience_that_was_made_otherwise(first: FirstBatch, check: Any, field: str, change: Any) -> None:
+    x = first.experience
+    assert check(Path(), first).ok
+    assert not check(Path(), replace(first, experience=replace(x, **{field: change(x)}))).ok
+
+
+def test_a_score_read_at_another_place(first: FirstBatch) -> None:
+    assert reward.place(Path(), first).ok
+    assert not reward.place(Path(), replace(first, raw_scores=first.raw_scores.roll(1))).ok
+
+
+def test_pad_that_ends_a_response(first: FirstBatch) -> None:
+    assert models.stop_tokens(Path(), first).ok
+    sampling = replace(first.trainer.fixed.sampling, stop_ids=(0, 1))
+    trainer = replace(first.trainer, fixed=replace(first.trainer.fixed, sampling=sampling))
+    assert "pad, 0, is among" in models.stop_tokens(Path(), replace(first, trainer=trainer)).text
 
 
 def test_a_gradient_that_depends_on_its_cut(first: FirstBatch, monkeypatch: pytest.MonkeyPatch) -> None:

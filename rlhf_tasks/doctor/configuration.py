@@ -42,6 +42,19 @@ def coefficient(root: Path, params: Params) -> Finding:
     return Finding("KL coefficient", True, text)
 
 
+def schedule(root: Path, params: Params) -> Finding:
+    """That the Actor learns, and for as long as there are iterations."""
+    ppo = params.ppo
+    if ppo.critic_warmup >= ppo.iterations:
+        text = f"ppo.critic_warmup: {ppo.critic_warmup} of {ppo.iterations} iterations, so the Actor never learns"
+        return Finding("schedule", False, f"{text}; lower it, or raise ppo.iterations")
+    total = ppo.schedule.total
+    if ppo.schedule.kind != "constant" and total is not None and total < ppo.iterations:
+        text = f"ppo.schedule.total: the rates are 0 after {total} of {ppo.iterations} iterations"
+        return Finding("schedule", False, f"{text}; set it to {ppo.iterations}")
+    return Finding("schedule", True, f"the Actor learns in {ppo.iterations - ppo.critic_warmup} iterations")
+
+
 def device(root: Path, params: Params) -> Finding:
     runtime, cores = params.runtime, len(os.sched_getaffinity(0))
     if runtime.device == "cuda":

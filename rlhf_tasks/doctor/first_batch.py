@@ -29,6 +29,7 @@ class FirstBatch:
     tokenizer: Any
     episodes: Episodes
     experience: Experience
+    raw_scores: Tensor  # [B], the Reward's own
 
     @classmethod
     def load(cls, root: Path, params: Params) -> FirstBatch:
@@ -47,8 +48,8 @@ class FirstBatch:
         state, fixed = trainer.state, trainer.fixed
         count = min(EPISODES, params.ppo.batch, len(fixed.prompts))
         episodes = roll_out(state, fixed, count, params.seed)
-        experience, _ = evaluate(state, fixed, params.ppo, episodes)
-        return cls(params, trainer, load_tokenizer(root / "checkpoints/sft"), episodes, experience)
+        experience, raw_scores = evaluate(state, fixed, params.ppo, episodes)
+        return cls(params, trainer, load_tokenizer(root / "checkpoints/sft"), episodes, experience, raw_scores)
 
     def logprobs(self, micro_batch_tokens: int) -> Tensor:
         """The Actor's own, `[B, T]`, by forward passes over micro-batches of this size."""

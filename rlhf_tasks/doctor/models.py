@@ -20,6 +20,7 @@ from rlhf_tasks.ppo.optimization import gradients
 
 #: how far float32 may be off: log-probabilities in nats, gradients relative to their norm
 LOGPROB_GAP, GRADIENT_GAP = 1e-4, 1e-3
+WHITENED_GAP = 1e-2  # the variance has 1e-8 added
 STATES = 4  # the two that are kept, the one being written, the stage's result
 
 
@@ -81,6 +82,22 @@ def padding(root: Path, batch: FirstBatch) -> Finding:
     return _within("padding", gap, LOGPROB_GAP, "nats between an episode alone and in its batch")
 
 
+def stop_tokens(root: Path, batch: FirstBatch) -> Finding:
+    """Those of the tokenizer, of the model's generation settings and of params.yaml together."""
+    stops = batch.trainer.fixed.sampling.stop_ids
+    if batch.pad_id in stops:
+        text = f"pad, {batch.pad_id}, is among the tokens that end a response, {list(stops)}"
+        return Finding("stop tokens", False, f"{text}: mend eos_token_id in the base model's generation_config.json")
+    return Finding("stop tokens", True, f"{', '.join(repr(batch.tokenizer.decode(i)) for i in stops)} end a response")
+
+
+def reference(root: Path, batch: FirstBatch) -> Finding:
+    """Before the first step Actor and Ref are the same model."""
+    x = batch.experience
+    gap = _largest(x.old_logprobs - x.ref_logprobs, x.mask)
+    return _within("reference", gap, LOGPROB_GAP, "nats between Actor and Ref before the first step")
+
+
 def first_step(root: Path, batch: FirstBatch) -> Finding:
     """Before the first optimizer step the policy is the one that sampled: ratio 1, nothing clipped, loss -mean(A)."""
     x, ppo = batch.experience, batch.params.ppo
@@ -100,19 +117,38 @@ def reward_sum(root: Path, batch: FirstBatch) -> Finding:
     if ppo.whiten_rewards or ppo.kl.estimator == "full":
         return Finding("rewards", True, "whitened, or with the full KL: no plain sum to compare with")
     kl = kl_per_token(x.old_logprobs, x.ref_logprobs, ppo.kl.estimator)
-    kl = torch.where(x.mask.bool(), kl, 0.0).sum(1)
-    wanted = x.scores - batch.trainer.state.kl_control.coef * kl
-    gap = ((x.rewards.sum(1) - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
-    return _within("rewards", gap, LOGPROB_GAP, "between an episode's rewards and score - β·KL")
+    wanted = torch.where(x.mask.bool(), -batch.trainer.state.kl_control.coef * kl, 0.0)
+    for row, response in enumerate(batch.episodes.responses):
+        wanted[row, len(response) - 1] += x.scores[row]
+    gap = _relative(x.rewards - wanted, wanted)
+    return _within("rewards", gap, LOGPROB_GAP, "between a token's reward and -β·KL, plus the score at the last one")
 
 
 def returns(root: Path, batch: FirstBatch) -> Finding:
-    """Without discount, a return is the sum of the rewards to come, whatever the Critic says."""
-    x = batch.experience
-    _, returns = gae(x.old_values, x.rewards, x.mask, gamma=1.0, lam=1.0)
+    """GAE's recursion on what the update will use; and without discount a return is the sum of the rewards to come."""
+    x, ppo = batch.experience, batch.params.ppo
+
+    def after(v: Tensor) -> Tensor:
+        return torch.nn.functional.pad(v[:, 1:], (0, 1))
+
+    a, v = x.raw_advantages, x.old_values * x.mask
+    delta = x.rewards + ppo.gamma * after(v) - v
+    gap = max(_relative(a - ppo.gamma * ppo.lam * after(a) - delta, delta), _relative(x.returns - (a + v), v))
+    _, plain = gae(x.old_values, x.rewards, x.mask, gamma=1.0, lam=1.0)
     to_come = torch.where(x.mask.bool(), x.rewards.flip(1).cumsum(1).flip(1), 0.0)
-    gap = ((returns - to_come).abs() / to_come.abs().clamp(min=1)).max().item()
-    return _within("returns", gap, LOGPROB_GAP, "between returns at γ = λ = 1 and the rewards to come")
+    gap = max(gap, _relative(plain - to_come, to_come))
+    return _within("returns", gap, LOGPROB_GAP, "between advantages and GAE's recursion, returns and what they add up")
+
+
+def advantages(root: Path, batch: FirstBatch) -> Finding:
+    """Whitened over the response tokens of the whole batch, and over nothing else."""
+    x, counted = batch.experience, batch.experience.mask.bool()
+    used, raw = x.advantages[counted], x.raw_advantages[counted]
+    if not batch.params.ppo.whiten_advantages:
+        return _within("advantages", _relative(used - raw, raw), LOGPROB_GAP, "between raw advantages and those used")
+    spread = 1.0 if raw.max() > raw.min() else 0.0
+    gap = max(abs(used.mean().item()), abs(used.std().item() - spread) if len(used) > 1 else 0.0)
+    return _within("advantages", gap, WHITENED_GAP, "off mean 0 and standard deviation 1 over the response tokens")
 
 
 def order(root: Path, batch: FirstBatch) -> Finding:
@@ -151,6 +187,10 @@ def value_and_action(root: Path, batch: FirstBatch) -> Finding:
     values = batch.over(lambda part: (response_values(critic, part),), Episodes(prompts, other, stopped), 4096)
     gap = _largest(values - batch.experience.old_values, batch.experience.mask)
     return _within("values", gap, LOGPROB_GAP, "between V with one last token and with another")
+
+
+def _relative(difference: Tensor, size: Tensor) -> float:
+    return (difference.abs() / size.abs().clamp(min=1)).max().item()
 
 
 def _largest(difference: Tensor, mask: Tensor) -> float:
