@@ -55,7 +55,7 @@ def configure_prefect(state: Path) -> None:
     state = state.resolve()  # relative paths would follow the working folder
     ours = {
         "PREFECT_HOME": str(state / "prefect"),  # its database and profiles belong to the project, not to the user
-        "PREFECT_LOCAL_STORAGE_PATH": str(state / "store" / "results"),
+        "PREFECT_LOCAL_STORAGE_PATH": str(state / "results"),
     }
     # The handler's level, not PREFECT_LOGGING_LEVEL, which would keep INFO from the server too. Who sets the latter
     # wants to see it.

@@ -180,7 +180,7 @@ def forget_results(workspace: Workspace, stages: list[Stage]) -> dict[str, str]:
             job = engine.plan(workspace, stage)
         except UserError:  # an earlier stage has still to make its inputs, so there is nothing to forget
             continue
-        if entry := workspace.store.find(job.key):
+        if entry := engine.find(workspace, job):
             digests[stage.name] = entry.digest
         if stage.name == "ppo":
             for iteration in chain.known(workspace):
@@ -229,7 +229,7 @@ def limit_exists(name: str) -> bool:
 
 def find_result(workspace: Workspace, job: Job, *, vouched: bool) -> Entry | None:
     """A stage's finished result: in the store, or in the workspace where DVC vouches for it."""
-    entry = workspace.store.find(job.key)
+    entry = engine.find(workspace, job)
     if entry and (engine.exported(workspace, entry) or entry.has_payload()):
         return entry
     return engine.adopt(workspace, job) if vouched else None
@@ -244,7 +244,7 @@ def record_with_dvc(workspace: Workspace, stage: Stage, entry: Entry, *, stale: 
     Raises:
         UserError: parameters, inputs or code changed; dvc.lock is as it was.
     """
-    job = Job(stage.name, entry.manifest["key"], entry.manifest["identity"])
+    job = Job(stage.name, entry.answers, entry.manifest["identity"])
     lock = workspace.root / "dvc.lock"
     before = lock.read_bytes() if lock.exists() else None
     changed = engine.changed_since(workspace, job)

@@ -1,7 +1,8 @@
 """The cached tasks: a stage is one task, PPO one an iteration.
 
 A task's cache key is our key (rlhf_tasks/engine.py), so Prefect holds no opinion of its own: what the store has is
-Cached, what it lacks is run again.
+Cached, what it lacks is run again. Prefect's own records of results are written for whoever looks there, and never read
+(`refresh_cache`): a record names how it is to be deserialised, which may be by running code.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def cached_task(job: Job, name: str, entry: Entry) -> None:
     def body() -> object:  # its state is made when the task runs: Prefect sorts states by their times
         return Completed(name="Cached", message="found in the store", data=asdict(entry.ref))
 
-    keyed_task.with_options(name=job.stage, task_run_name=name)(job.key, body)
+    keyed_task.with_options(name=job.stage, task_run_name=name, refresh_cache=True)(job.key, body)
 
 
 @task(

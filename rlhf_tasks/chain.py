@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 ITERATION = "ppo-iteration"
 PAYLOADS_KEPT = 2
+STATE = {"actor", "critic", "actor_optimizer.safetensors", "critic_optimizer.safetensors", "state.json"}
 SAVING_SHARE = 0.05  # of the time, with `saving.iterations_per_task: auto`
 
 
@@ -57,7 +58,7 @@ def usable(entries: list[Entry]) -> list[Entry]:
     """The iterations that need not be done again to go on: up to the last whole state."""
     for count in range(len(entries), 0, -1):
         last = entries[count - 1]
-        if last.has_payload():
+        if last.has_payload() and last.parts.keys() == STATE:
             try:
                 last.verify()
                 return entries[:count]

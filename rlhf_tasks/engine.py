@@ -14,14 +14,14 @@ import json
 import logging
 import os
 import platform
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rlhf_tasks.closure import PACKAGE, SOURCE_ROOT, import_closure, installed_closure, user_closure
@@ -37,6 +37,17 @@ Watch = Callable[[dict[str, Any], int], None]
 
 STORE_VARIABLE = "RLHF_STORE"  # a folder that several clones may share
 _SIMD = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
+#: variables that make torch's libraries choose other instructions or other orders of summing
+_SWITCHES = (
+    "ATEN_CPU_CAPABILITY",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_DEBUG_CPU_TYPE",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_MAX_CPU_ISA",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
 
 
 def _code_digests() -> dict[str, str]:
@@ -91,21 +102,29 @@ def state_folder(root: Path) -> Path:
 # Planning ------------------------------------------------------------------------------------------------------------
 
 
-def plan(workspace: Workspace, stage: Stage) -> Job:
+def plan(workspace: Workspace, stage: Stage, coming: Mapping[str, str] = MappingProxyType({})) -> Job:
     """The stage's job for the workspace as it is.
+
+    Args:
+        coming: digests, by path, of inputs that will be there when the stage's turn comes.
 
     Raises:
         UserError: an input is missing; the message says which stage makes it.
     """
-    return Job.of(identity(workspace, stage, parameters(workspace.params, stage)))
+    return Job.of(identity(workspace, stage, parameters(workspace.params, stage), coming))
 
 
-def identity(workspace: Workspace, stage: Stage, settings: dict[str, Any]) -> dict[str, Any]:
+def identity(
+    workspace: Workspace,
+    stage: Stage,
+    settings: dict[str, Any],
+    coming: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Everything that the result of a stage with these parameters depends on."""
     return {
         "stage": stage.name,
         "parameters": settings,
-        "inputs": _input_digests(workspace, stage),
+        "inputs": _input_digests(workspace, stage, coming),
         "code": {file: _CODE[file] for file in import_closure(stage.module)} | _installed_code(workspace, stage),
         "environment": _environment(stage, workspace.params.runtime.device),
     }
@@ -145,9 +164,11 @@ def _installed_code(workspace: Workspace, stage: Stage) -> dict[str, str]:
     return {f"installed: {name}": digest_file(path) for name, path in installed_closure(module).items()}
 
 
-def _input_digests(workspace: Workspace, stage: Stage) -> dict[str, str]:
+def _input_digests(
+    workspace: Workspace, stage: Stage, coming: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, str]:
     paths = [*stage.inputs.values(), *external_inputs(workspace.params, workspace.root, stage)]
-    return {path: _digest_input(workspace.root, path, stage) for path in paths}
+    return {path: coming.get(path) or _digest_input(workspace.root, path, stage) for path in paths}
 
 
 def _digest_input(root: Path, path: str, stage: Stage) -> str:
@@ -168,6 +189,7 @@ def _environment(stage: Stage, device: str) -> dict[str, Any]:
     facts: dict[str, Any] = {name: version(name) for name in stage.libraries}
     if "runtime" in stage.sections:
         facts |= {"machine": platform.machine(), "simd": _simd(), "dtype": "float32"}
+        facts |= {name: os.environ[name] for name in _SWITCHES if name in os.environ}
         facts |= _gpu() if device == "cuda" else {}
     return facts
 
@@ -187,6 +209,14 @@ def _simd() -> list[str]:
     except OSError:
         return []
     return [name for name in _SIMD if name in flags]
+
+
+def present(workspace: Workspace, job: Job) -> bool:
+    """Whether the workspace holds the very inputs that a job was planned with."""
+    try:
+        return _input_digests(workspace, STAGES[job.stage]) == job.identity["inputs"]
+    except UserError:
+        return False
 
 
 def changed_since(workspace: Workspace, job: Job) -> bool:
@@ -237,7 +267,7 @@ def nothing_changes(workspace: Workspace, stage: Stage, job: Job) -> Iterator[Ca
 def forget(workspace: Workspace, job: Job) -> None:
     """Drop what the store has of a job, finished or begun: it will be done from its start."""
     workspace.store.discard(job.key)
-    shutil.rmtree(workspace.store.partial(job.key), ignore_errors=True)
+    workspace.store.forget_partial(job.key)
 
 
 def perform(workspace: Workspace, job: Job, watch: Watch) -> Entry:
@@ -250,7 +280,6 @@ def perform(workspace: Workspace, job: Job, watch: Watch) -> Entry:
         arguments = {("register_" if n == "register" else n): params.section(n) for n in stage.sections}
         arguments |= {name: workspace.root / path for name, path in stage.inputs.items()}
         partial, started = store.partial(job.key), time.time()
-        partial.mkdir(parents=True, exist_ok=True)
         with (
             nothing_changes(workspace, stage, job) as check,
             store.writing(job.key) as out,
@@ -275,9 +304,13 @@ class Recorder:
         self.series: list[dict[str, Any]] = []
 
     def __enter__(self) -> Recorder:
-        lines = self._path.read_text().split("\n")[:-1] if self._path.exists() else []
-        for line in lines:
-            self._keep(json.loads(line))
+        lines = self._path.read_bytes().split(b"\n")[:-1] if self._path.exists() else []
+        try:
+            for line in lines:
+                row = json.loads(line)
+                self._keep({name: row[name] for name in ("step", "time_ms", "values")})
+        except (ValueError, TypeError, KeyError):  # a power cut leaves zeros: the steps go on, their record has a gap
+            log.warning("%s: damaged; what follows of it is lost, the training is not", self._path)
         rewritten = self._path.with_suffix(".new")
         rewritten.write_text("".join(json.dumps(row) + "\n" for row in self.series))
         rewritten.replace(self._path)
@@ -345,32 +378,68 @@ def exported(workspace: Workspace, entry: Entry) -> bool:
     return all(_holds(workspace.root / path, entry.parts[part]) for part, path in stage.outs.items())
 
 
-def adoptable(workspace: Workspace, stage: Stage) -> bool:
-    """Whether the workspace's outs of a stage, if DVC vouches for them, may be taken for its result.
+def find(workspace: Workspace, job: Job) -> Entry | None:
+    """A job's result in the store: made of this very key, or adopted for it. Its payload may have been pruned."""
+    entry = workspace.store.find(job.key)
+    if entry is None:
+        entry = next((entry for entry in workspace.store.entries() if entry.answers == job.key), None)
+    if entry and entry.parts.keys() != STAGES[job.stage].outs.keys():
+        log.warning(
+            "%s: holds %s, not what the stage makes; ignored", entry.folder, ", ".join(entry.parts) or "nothing"
+        )
+        return None
+    return entry
 
-    DVC knows files and params.yaml, not library versions or instruction sets. Where the store holds these very outs
-    under another key, they were made here, of something else than is asked for now: they are not adopted.
+
+def adoptable(workspace: Workspace, job: Job) -> bool:
+    """Whether the workspace's outs of a stage, if DVC vouches for them, may be taken for a job's result.
+
+    DVC knows files and params.yaml, not library versions or instruction sets. What it vouches for may have been made on
+    another machine, so of what they say of themselves only the environment may differ. Where the store holds these very
+    outs under another key, they were made here, of something else than is asked for now: they are not adopted.
     """
+    stage = STAGES[job.stage]
     try:
         present = {part: digest_path(workspace.root / path) for part, path in stage.outs.items()}
-    except FileNotFoundError:
+        made_of = _own_identity(workspace, stage)
+    except (FileNotFoundError, ValueError):
         return False
-    known = workspace.store.entries()
-    return not any(entry.manifest["identity"]["stage"] == stage.name and entry.parts == present for entry in known)
+    if not isinstance(made_of, dict) or made_of | {"environment": {}} != job.identity | {"environment": {}}:
+        return False
+    known = (entry for entry in workspace.store.entries() if entry.manifest["identity"]["stage"] == stage.name)
+    return not any(entry.parts == present for entry in known)
 
 
 def adopt(workspace: Workspace, job: Job) -> Entry | None:
-    """Make the workspace's outs of a stage, which DVC vouches for, an entry of the store: as in a clone that pulled."""
+    """Make the workspace's outs of a stage, which DVC vouches for, an entry of the store: as in a clone that pulled.
+
+    Its key is that of what it was made of, which may be another machine's; here, and only here, it answers the job.
+    """
     stage, store = STAGES[job.stage], workspace.store
-    if not adoptable(workspace, stage):
+    if not adoptable(workspace, job):
         return None
-    with store.lock(job.key), store.writing(job.key) as out:
+    maker = Job.of(_own_identity(workspace, stage))
+    with store.lock(maker.key), store.writing(maker.key) as out:
         for part, path in stage.outs.items():
             place(workspace.root / path, out / part)
         document = json.loads((out / "metrics.json").read_text())
         metrics = {k: v for k, v in document.items() if isinstance(v, float | int) and not isinstance(v, bool)}
-        log.info("%s: adopted from the workspace, which dvc.lock vouches for", stage.name)
-        return store.commit(job.key, out, job.identity, metrics=metrics, series=_load_curve(out), perf={}, adopted=True)
+        differs = sorted(differing(maker.identity["environment"], job.identity["environment"]))
+        elsewhere = f", made elsewhere (other {', '.join(differs)})" if differs else ""
+        log.info("%s: adopted from the workspace, which dvc.lock vouches for%s", stage.name, elsewhere)
+        return store.commit(
+            maker.key, out, maker.identity, metrics=metrics, series=_load_curve(out), perf={}, adopted=job.key
+        )
+
+
+def _own_identity(workspace: Workspace, stage: Stage) -> Any:
+    """What the workspace's outs of a stage say that they were made of."""
+    return json.loads((workspace.root / stage.lineage).read_text())
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
+    """The names whose values are not the same in both."""
+    return {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
 
 
 def _load_curve(out: Path) -> list[dict[str, Any]]:

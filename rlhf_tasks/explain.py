@@ -55,35 +55,38 @@ class Standing:
 def standings(workspace: Workspace) -> list[Standing]:
     """How every stage stands, in order."""
     found: list[Standing] = []
-    waiting, outdated = "", _Outdated(workspace)
+    waiting, outdated, coming = "", _Outdated(workspace), dict[str, str]()
     for stage in STAGES.values():
-        standing = _standing(workspace, stage, waiting)
+        standing = _standing(workspace, stage, waiting, coming, outdated)
+        if standing.entry:  # the run will put it back where the workspace has something else
+            coming |= {path: standing.entry.parts[part] for part, path in stage.outs.items()}
         if not standing.done and not waiting:
-            if outdated.vouches_for(stage):
-                standing = Standing(stage, None, "pulled: in dvc.lock and in the workspace", pulled=True)
-            else:
-                waiting = stage.name
+            waiting = stage.name
         found.append(standing)
     return found
 
 
-def _standing(workspace: Workspace, stage: Stage, waiting: str) -> Standing:
+def _standing(
+    workspace: Workspace, stage: Stage, waiting: str, coming: dict[str, str], outdated: _Outdated
+) -> Standing:
     try:
-        job = engine.plan(workspace, stage)
+        job = engine.plan(workspace, stage, coming)
     except UserError as error:
         return Standing(stage, None, str(error), waits_for=waiting)
-    entry = workspace.store.find(job.key)
+    entry = engine.find(workspace, job)
     if entry and (engine.exported(workspace, entry) or entry.has_payload()):
         return Standing(stage, entry, waits_for=waiting)
+    if not waiting and outdated.vouches_for(job):
+        return Standing(stage, None, "pulled: in dvc.lock and in the workspace", pulled=True)
     last = last_result(workspace, stage)
     changes = compare(last, job) if last else ()
     return Standing(stage, None, _begun(workspace, job) or summary(last, changes), last, changes, waiting)
 
 
 def _begun(workspace: Workspace, job: Job) -> str:
-    if job.stage == "ppo" and (kept := chain.saved(chain.known(workspace))):
+    if job.stage == "ppo" and engine.present(workspace, job) and (kept := chain.saved(chain.known(workspace))):
         return f"{kept} of {workspace.params.ppo.iterations} iterations are done"
-    return "begun" if workspace.store.partial(job.key).exists() else ""
+    return "begun" if workspace.store.has_partial(job.key) else ""
 
 
 def last_result(workspace: Workspace, stage: Stage) -> Entry | None:
@@ -146,13 +149,13 @@ class _Outdated:
         self._workspace = workspace
         self._stages: set[str] | None = None
 
-    def vouches_for(self, stage: Stage) -> bool:
+    def vouches_for(self, job: Job) -> bool:
         """Whether `rlhf run` would take the workspace's outs over, because dvc.lock vouches for them."""
         try:
-            if not engine.adoptable(self._workspace, stage):
+            if not engine.present(self._workspace, job) or not engine.adoptable(self._workspace, job):
                 return False
             if self._stages is None:
                 self._stages = versioning.outdated_stages(self._workspace.root)
         except UserError:  # no DVC here
             return False
-        return stage.name not in self._stages
+        return job.stage not in self._stages

@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -27,6 +29,7 @@ from rlhf_tasks.seeds import derive_seed
 if TYPE_CHECKING:
     from rlhf_tasks import config
 
+LEAST_OF_A_LAYER = 32  # weights
 SCORE_STATISTICS = "score_statistics.json"
 
 
@@ -44,8 +47,16 @@ def set_up_torch(runtime: config.Runtime) -> torch.device:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder, padding on the left."""
-    return AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True, trust_remote_code=False)
+    """The tokenizer of a checkpoint folder, padding on the left.
+
+    Raises:
+        UserError: the folder holds none that loads without running code of its own.
+    """
+    options: dict[str, Any] = {"padding_side": "left", "local_files_only": True, "trust_remote_code": False}
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # a damaged file raises whatever its parser does
+        raise UserError(f"{folder}: its tokenizer does not load: {' '.join(str(error).split())[:300]}") from None
 
 
 def new_actor(model: config.Model, tokenizer: Any, seed: int) -> Any:
@@ -172,6 +183,7 @@ def _scratch_config(scratch: config.Scratch, tokenizer: Any) -> LlamaConfig:
 def _load(kind: Any, folder: Path, new: tuple[str, ...] = (), **options: Any) -> Any:
     """A model of a folder, which has every weight but those that are to be `new`: no other is made up silently."""
     try:
+        _check_size(folder)
         model, found = kind.from_pretrained(
             folder,
             dtype=torch.float32,
@@ -190,6 +202,25 @@ def _load(kind: Any, folder: Path, new: tuple[str, ...] = (), **options: Any) ->
         expected = f"expected all of its {type(model).__name__}"
         raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}; {expected}")
     return model
+
+
+def _check_size(folder: Path) -> None:
+    """Look at what config.json would have us allocate, before anything is.
+
+    Raises:
+        UserError: it describes a model far larger than the weights beside it, or code from elsewhere.
+    """
+    settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if "/" in (kernel := str(getattr(settings, "_attn_implementation", None) or "")):
+        raise UserError(f"{folder}: config.json asks for the attention kernel {kernel}, which is code from elsewhere")
+    room = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    elements = getattr(settings, "num_hidden_layers", 0) * LEAST_OF_A_LAYER
+    if elements <= room:
+        with torch.device("meta"):
+            elements = sum(p.numel() for p in AutoModel.from_config(settings).parameters())
+    if room and elements > room:  # a weight takes a byte at least
+        text = f"{elements:,} weights or more in config.json, but {room:,} bytes of them"
+        raise UserError(f"{folder}: found {text}; expected the settings that these weights were saved with")
 
 
 def _ready(model: Any, tokenizer: Any) -> Any:

@@ -26,7 +26,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.store import digest_path
+from rlhf_tasks.store import digest_path, open_lock
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -441,6 +441,6 @@ def _numbers(evaluation: Path) -> dict[str, float]:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with open_lock(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import stat
@@ -23,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -33,6 +34,7 @@ from rlhf_tasks.processes import process_started
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
+FULL = "No space left on device|File too large|database or disk is full"  # of libraries that keep no errno
 MANIFEST_BYTES = 64 << 20  # a foreign one may be any size
 
 
@@ -51,19 +53,31 @@ class _Row(_Strict):
     values: dict[str, float]
 
 
+class _Identity(_Strict):
+    """All that a key was made from; an iteration's has its number and its parent's key too."""
+
+    model_config = ConfigDict(extra="allow")
+
+    stage: str
+    parameters: dict[str, Any]
+    inputs: dict[str, str]
+    code: dict[str, str]
+    environment: dict[str, Any]
+
+
 class _Manifest(_Strict):
     """What manifest.json has to be; anything else is somebody else's."""
 
     schema_: int = Field(alias="schema")
     key: str
-    identity: dict[str, Any]
+    identity: _Identity
     digest: str
     parts: dict[str, str]
     files: dict[str, _File]
     metrics: dict[str, float]
     series: list[_Row]
     perf: dict[str, float]
-    adopted: bool = False
+    adopted: str = ""
 
 
 class DamagedEntry(RuntimeError):
@@ -147,6 +161,11 @@ class Entry:
     def ref(self) -> Ref:
         return Ref(self.manifest["identity"]["stage"], self.folder.name, self.digest)
 
+    @property
+    def answers(self) -> str:
+        """The key that it is the result of: its own, or the one that it was adopted for."""
+        return self.manifest.get("adopted") or self.manifest["key"]
+
     def has_payload(self) -> bool:
         """Whether every file is there with the right size: enough for a hit that nobody reads."""
         sizes = {name: facts["size"] for name, facts in self.manifest["files"].items()}
@@ -176,6 +195,8 @@ class Store:
         self.root = root
         for name in ("locks", "partial", "tmp"):
             (root / name).mkdir(parents=True, exist_ok=True)
+            if (root / name).is_symlink():
+                raise UserError(f"{root / name}: a link to another place, where nothing of ours is written; delete it")
         self._sweep()
 
     def _scratch(self, key: str) -> Path:
@@ -188,7 +209,7 @@ class Store:
         """Remove what processes of this machine that are gone left below `tmp`."""
         for folder in (self.root / "tmp").iterdir():
             match folder.name.split("~"):
-                case [_, host, pid, start, _] if host == socket.gethostname() and pid.isdigit():
+                case [_, host, pid, start, _] if host == socket.gethostname() and pid.isdecimal():
                     if process_started(int(pid)) != start:
                         shutil.rmtree(folder, ignore_errors=True)
 
@@ -218,8 +239,25 @@ class Store:
             shutil.rmtree(doomed, ignore_errors=True)
 
     def partial(self, key: str) -> Path:
-        """The folder in which unfinished work on a key keeps what it needs to go on after a kill."""
-        return self.root / "partial" / key
+        """The folder in which unfinished work on a key keeps what it needs to go on after a kill.
+
+        It is made if need be. One that holds a link, or anything but files and folders, is not ours and is removed:
+        writing there could change a file anywhere.
+        """
+        folder = self.root / "partial" / key
+        if folder.is_symlink() or (folder.exists() and -1 in _sizes(folder).values()):
+            log.warning("%s: holds links or the like, which nothing here writes; removed", folder)
+            remove(folder)
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def has_partial(self, key: str) -> bool:
+        """Whether work on a key was begun and not finished."""
+        return (self.root / "partial" / key).exists()
+
+    def forget_partial(self, key: str) -> None:
+        """Drop what unfinished work on a key has kept."""
+        remove(self.root / "partial" / key)
 
     @contextlib.contextmanager
     def writing(self, key: str) -> Iterator[Path]:
@@ -245,7 +283,7 @@ class Store:
         metrics: Mapping[str, float],
         series: list[dict[str, Any]],
         perf: Mapping[str, float],
-        adopted: bool = False,
+        adopted: str = "",
     ) -> Entry:
         """Make a filled payload the entry of a key: digests, manifest, sync, rename.
 
@@ -253,7 +291,7 @@ class Store:
             identity: all that the key was made from.
             metrics: final numbers, which with the `series` of rows (`step`, `time_ms`, `values`) are shown of it.
             perf: seconds and the like, to which those of digesting and syncing are added as `save_seconds`.
-            adopted: whether it was taken over from the workspace instead of made.
+            adopted: the key that it is to answer, if it was taken over from the workspace instead of made.
         """
         started = time.perf_counter()
         digests = {name: digest_file(payload / name) for name in _files(payload)}
@@ -267,25 +305,39 @@ class Store:
             perf["save_seconds"] = perf.get("save_seconds", 0.0) + time.perf_counter() - started
         manifest = {"schema": SCHEMA, "key": key, "identity": identity, "digest": digest_json(digests)}
         manifest |= {"parts": _parts(digests), "files": files, "metrics": metrics, "series": series, "perf": perf}
-        manifest |= {"adopted": True} if adopted else {}
+        manifest |= {"adopted": adopted} if adopted else {}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, allow_nan=False))
         _sync(folder)
         self.discard(key)
         folder.rename(self.root / key)
         _sync_folder(self.root)
-        shutil.rmtree(self.partial(key), ignore_errors=True)
+        self.forget_partial(key)
         return Entry(self.root / key, manifest)
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Hold a lock that the system drops with its process. Waits for whoever else works on the same key."""
-        with (self.root / "locks" / name).open("w") as file:
+        with open_lock(self.root / "locks" / name) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 log.warning("waiting: another process is working on the same result (%s)", name[:12])
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def open_lock(path: Path) -> BinaryIO:
+    """Open a file to lock, made if need be and never changed.
+
+    Raises:
+        UserError: it is a link: somebody else's file would be opened.
+    """
+    try:
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb+")
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{path}: a link to another file, expected a lock; delete it") from None
 
 
 def place(source: Path, target: Path) -> None:
@@ -318,13 +370,14 @@ def full_disk_is_a_sentence(folder: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free / 1e9
         raise UserError(
-            f"{folder}: the disk is full ({free:.2f} GB free); make room, then run again: what is finished is kept"
+            f"{folder}: the disk is full ({free:.2f} GB free) or a size limit is reached; make room, then run again: "
+            "what is finished is kept"
         ) from None
 
 
 def _is_full_disk(error: BaseException | None) -> bool:
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(FULL, str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -352,12 +405,11 @@ def _files(folder: Path) -> list[str]:
     Raises:
         UserError: there is something that has no content to digest, such as a pipe or a link to nothing.
     """
-    found = [path for path in folder.rglob("*") if not path.is_dir()]
+    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     for path in found:
         if not path.is_file():
-            raise UserError(
-                f"{path}: found neither a file nor a folder, expected a file: what it holds cannot be keyed"
-            )
+            what = "a link to a folder" if path.is_dir() else "neither a file nor a folder"
+            raise UserError(f"{path}: found {what}, expected a file: what it holds cannot be keyed")
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
@@ -369,8 +421,9 @@ def _read_manifest(path: Path, key: str) -> dict[str, Any]:
     """
     if path.is_symlink() or path.parent.is_symlink():
         raise ValueError("a link to another place")
-    if (size := path.stat().st_size) > MANIFEST_BYTES:
-        raise ValueError(f"{size} bytes")
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size > MANIFEST_BYTES:
+        raise ValueError(f"no file, or one of {facts.st_size} bytes")
     manifest: dict[str, Any] = json.loads(path.read_bytes(), parse_constant=_no_such_number)
     _Manifest.model_validate(manifest)
     names = manifest["files"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -167,19 +168,28 @@ def load_training_state(partial: Path, model: Any, optimizer: torch.optim.Optimi
     if not folders:
         return 0
     try:
-        state = json.loads((folders[-1] / "state.json").read_text())
-        damaged = [name for name, digest in state["sha256"].items() if _sha256(folders[-1] / name) != digest]
-    except (OSError, ValueError, KeyError):
-        damaged = ["state.json"]
-    if damaged:
-        log.warning("%s: %s is damaged; training starts from its beginning", folders[-1], damaged[0])
+        return _load_training_state(folders[-1], model, optimizer)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        log.warning("%s is damaged (%s); training starts from its beginning", folders[-1], error)
         return 0
-    weights = load_file(folders[-1] / "model.safetensors")
+
+
+def _load_training_state(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> int:
+    """Load a state, of which all is looked at before anything is changed."""
+    state = json.loads((folder / "state.json").read_text())
+    step, files = int(state["step"]), ("model.safetensors", "optimizer.safetensors")
+    for name in files:
+        if _sha256(folder / name) != state["sha256"][name]:
+            raise ValueError(f"{name} is not what was written")
+    weights, tensors = (load_file(folder / name) for name in files)
+    parameters = dict(model.named_parameters())
+    if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in parameters.items()}:
+        raise ValueError("model.safetensors holds other weights")
+    load_optimizer_tensors(optimizer, tensors)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    load_optimizer_tensors(optimizer, load_file(folders[-1] / "optimizer.safetensors"))
-    return int(state["step"])
+    return step
 
 
 def _sha256(path: Path) -> str:

@@ -18,6 +18,7 @@ from changes import differing, flip_bit, stage_keys, with_params
 from rlhf_tasks import engine, training
 from rlhf_tasks.engine import Recorder, Workspace
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.explain import standings
 from rlhf_tasks.stages import STAGES
 from rlhf_tasks.store import DamagedEntry, Entry
 
@@ -195,7 +196,7 @@ def test_a_stage_that_was_killed_goes_on_to_the_same_bits(
     assert entry.digest == finished.entries[stage].digest
     assert [row["step"] for row in entry.manifest["series"]] == list(range(1, max(steps) + 1))
     assert len(steps) < 2 * max(steps)
-    assert not finished_copy.store.partial(job.key).exists()
+    assert not finished_copy.store.has_partial(job.key)
 
 
 # The recorder --------------------------------------------------------------------------------------------------------
@@ -288,6 +289,80 @@ def test_a_store_that_was_deleted_adopts_what_the_workspace_holds(finished: Any,
             k: v for k, v in entry.manifest["metrics"].items() if k in finished.entries[name].manifest["metrics"]
         }
         assert all(numbers[k] == finished.entries[name].manifest["metrics"][k] for k in numbers)
+
+
+@pytest.fixture
+def pulled(finished_copy: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
+    """A clone that pulled, on a machine with another instruction set."""
+    shutil.rmtree(finished_copy.root / ".rlhf")
+    monkeypatch.setattr(engine, "_simd", lambda: ["another"])
+    engine._environment.cache_clear()
+    yield Workspace(finished_copy.root, finished_copy.params)
+    engine._environment.cache_clear()
+
+
+def test_what_another_machine_made_is_adopted_as_that(pulled: Workspace, finished: Any) -> None:
+    """It serves here, under its own key: nobody on a shared store takes it for this machine's."""
+    job, maker = engine.plan(pulled, STAGES["sft"]), finished.entries["sft"]
+    entry = engine.adopt(pulled, job)
+    assert entry is not None
+    assert entry.manifest["key"] == maker.manifest["key"] != job.key
+    assert entry.manifest["identity"]["environment"]["simd"] != ["another"]
+    assert engine.find(pulled, job) == entry
+    assert pulled.store.find(job.key) is None
+
+
+def test_what_was_adopted_is_not_adopted_for_yet_another_environment(
+    pulled: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that is upgraded here trains again here."""
+    assert engine.adopt(pulled, engine.plan(pulled, STAGES["sft"]))
+    monkeypatch.setattr(engine, "_simd", lambda: ["upgraded"])
+    engine._environment.cache_clear()
+    job = engine.plan(pulled, STAGES["sft"])
+    assert engine.find(pulled, job) is None
+    assert engine.adopt(pulled, job) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", None])
+def test_outs_that_do_not_say_what_they_were_made_of_are_not_adopted(pulled: Workspace, content: str | None) -> None:
+    path, stage = pulled.root / "lineage/sft.json", STAGES["sft"]
+    text = content or json.dumps(json.loads(path.read_text()) | {"parameters": {}})
+    path.unlink()
+    path.write_text(text if content is None else content)
+    assert engine.adopt(pulled, engine.plan(pulled, stage)) is None
+
+
+def test_an_entry_with_other_files_than_the_stage_makes_is_none(
+    finished_copy: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = engine.plan(finished_copy, STAGES["sft"])
+    with finished_copy.store.writing(job.key) as out:
+        (out / "notes.txt").write_text("not a checkpoint")
+        finished_copy.store.commit(job.key, out, job.identity, metrics={}, series=[], perf={})
+    assert engine.find(finished_copy, job) is None
+    assert "holds notes.txt, not what the stage makes" in caplog.text
+
+
+def test_what_chooses_instructions_is_in_the_key(sketch: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = stage_keys(sketch)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    engine._environment.cache_clear()
+    after = stage_keys(sketch)
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY")
+    engine._environment.cache_clear()
+    assert differing(before, after) == {"sft", "reward", "ppo", "evaluate"}
+
+
+def test_back_to_an_earlier_value_nothing_is_to_do(workspace: Make, run_stages: Run) -> None:
+    """Also while the workspace still holds what the other value made."""
+    project = workspace("sft.weight_decay=0.01")
+    run_stages(project, "prepare", "sft", "reward")
+    run_stages(with_params(project, "sft.weight_decay=0.5"), "prepare", "sft")
+    back = with_params(project, "sft.weight_decay=0.01")
+    assert [s.stage.name for s in standings(back) if s.done] == ["prepare", "sft", "reward"]
+    other = with_params(project, "sft.weight_decay=0.7")
+    assert [s.stage.name for s in standings(other) if s.done] == ["prepare"]
 
 
 @pytest.fixture

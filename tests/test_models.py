@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_tasks import config
@@ -187,6 +189,56 @@ def test_a_folder_without_weights_is_named_in_a_sentence(
     with pytest.raises(UserError, match=f"{folder}: not a loadable .* folder with safetensors weights") as caught:
         load(folder, CPU)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("load", "lost"),
+    [
+        (load_actor, "model.layers.1.mlp.down_proj.weight"),
+        (load_scorer, "score.weight"),
+        (lambda folder, device: new_scorer(folder, load_tokenizer(folder), 0, "reward", device), "model.norm.weight"),
+    ],
+)
+def test_weights_that_are_missing_are_not_made_up(
+    tiny_actor: Path, tiny_scorer: Path, tmp_path: Path, load: Any, lost: str
+) -> None:
+    shutil.copytree(tiny_scorer if load is load_scorer else tiny_actor, tmp_path / "model")
+    path = tmp_path / "model/model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if k != lost}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"1 weights are missing, such as {lost}"):
+        load(tmp_path / "model", CPU)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"intermediate_size": 20_000_000}, "weights or more in config.json"),
+        ({"num_hidden_layers": 2_000_000_000}, "weights or more in config.json"),
+        ({"_attn_implementation": "somebody/kernel"}, "code from elsewhere"),
+        ({"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}, "not a loadable"),
+        ({"model_type": 7}, "not a loadable"),
+    ],
+)
+def test_a_config_of_somebody_elses_is_looked_at_first(
+    tiny_actor: Path, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    """It can name sizes that fill the memory, and code."""
+    shutil.copytree(tiny_actor, tmp_path / "model")
+    (tmp_path / "model/evil.py").write_text("raise SystemExit('ran')")
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(UserError, match=said):
+        load_actor(tmp_path / "model", CPU)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused(tiny_actor: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_actor, tmp_path / "model")
+    (tmp_path / "model/evil.py").write_text("raise SystemExit('ran')")
+    path = tmp_path / "model/tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    with pytest.raises(UserError, match="its tokenizer does not load"):
+        load_tokenizer(tmp_path / "model")
 
 
 def test_asking_for_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

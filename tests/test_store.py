@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import pytest
 from changes import flip_bit
 
 from rlhf_tasks import store as store_module
+from rlhf_tasks.errors import UserError
 from rlhf_tasks.store import (
     DamagedEntry,
     Entry,
@@ -34,7 +36,7 @@ from rlhf_tasks.store import (
 )
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-IDENTITY = {"stage": "sft"}
+IDENTITY: dict[str, Any] = {"stage": "sft", "parameters": {}, "inputs": {}, "code": {}, "environment": {}}
 KEY = digest_json(IDENTITY)
 
 
@@ -109,11 +111,11 @@ def test_leaving_without_a_commit_leaves_nothing(store: Store) -> None:
 
 def test_a_commit_replaces_the_entry_and_drops_the_unfinished_work(store: Store) -> None:
     commit(store, fill=lambda folder: (folder / "old").write_text("old"))
-    store.partial(KEY).mkdir()
+    assert store.partial(KEY).is_dir()
     entry = commit(store)
     assert store.find(KEY) == entry
     assert not (entry.payload / "old").exists()
-    assert not store.partial(KEY).exists()
+    assert not store.has_partial(KEY)
     assert list((store.root / "tmp").iterdir()) == []
 
 
@@ -128,14 +130,15 @@ import itertools, os, sys
 from pathlib import Path
 from rlhf_tasks.store import Store, digest_json
 
-KEY = digest_json({"stage": "sft"})
+IDENTITY = {"stage": "sft", "parameters": {}, "inputs": {}, "code": {}, "environment": {}}
+KEY = digest_json(IDENTITY)
 
 def commit(store, text):
     with store.writing(KEY) as payload:
         (payload / "model").mkdir()
         for name in ("model/a", "model/b", "metrics.json"):
             (payload / name).write_text(text * 100)
-        store.commit(KEY, payload, {"stage": "sft"}, metrics={text: 1.0}, series=[], perf={})
+        store.commit(KEY, payload, IDENTITY, metrics={text: 1.0}, series=[], perf={})
 
 def die_at(step):
     left = itertools.count(step, -1)
@@ -277,7 +280,8 @@ def changed(**parts: Any) -> Callable[[bytes], bytes]:
         changed(files={"a": {"size": 0}}),
         changed(metrics={"loss": "high"}),
         changed(series=[{"step": 1}]),
-        changed(identity={"stage": "reward"}),
+        changed(identity=IDENTITY | {"stage": "reward"}),
+        changed(identity={"stage": "sft"}),
         changed(digest="0" * 64),
         changed(parts={"model": "0" * 64}),
         changed(command="rm"),
@@ -305,6 +309,7 @@ def changed(**parts: Any) -> Callable[[bytes], bytes]:
         "a text for a number",
         "half a row",
         "another identity",
+        "half an identity",
         "another digest",
         "other parts",
         "more than there is",
@@ -324,6 +329,38 @@ def test_a_manifest_that_is_not_ours_is_ignored_with_a_warning(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert str(path.parent) in caplog.text
     assert commit(store) == store.find(KEY)
+
+
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(store: Store) -> None:
+    path = commit(store).folder / "manifest.json"
+    path.unlink()
+    os.mkfifo(path)
+    assert store.find(KEY) is None
+
+
+def test_nothing_is_written_through_somebody_elses_links(store: Store, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (store.root / "locks" / KEY).symlink_to(victim)
+    with pytest.raises(UserError, match="a link to another file, expected a lock"), store.lock(KEY):
+        pass
+    for place_of_link in (store.root / "partial" / KEY, store.root / "partial" / KEY / "series.new"):
+        store.forget_partial(KEY)
+        place_of_link.parent.mkdir(exist_ok=True)
+        place_of_link.symlink_to(victim)
+        assert list(store.partial(KEY).iterdir()) == []
+    (store.root / "tmp").rmdir()
+    (store.root / "tmp").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="a link to another place"):
+        Store(store.root)
+    assert victim.read_text() == "precious"
+
+
+def test_a_scratch_folder_of_nobody_is_left_alone(store: Store) -> None:
+    odd = store.root / "tmp" / f"a~{socket.gethostname()}~²~1~b"
+    odd.mkdir()
+    assert Store(store.root).find(KEY) is None
+    assert odd.exists()
 
 
 def test_a_name_with_dots_in_it_is_not_foreign(store: Store) -> None:
@@ -425,9 +462,9 @@ def test_removing_leaves_what_a_link_points_to(tmp_path: Path) -> None:
 HOLDS = """
 import sys
 from pathlib import Path
-from rlhf_tasks.store import Store, digest_json
+from rlhf_tasks.store import Store
 
-with Store(Path(sys.argv[1])).lock(digest_json({"stage": "sft"})):
+with Store(Path(sys.argv[1])).lock(sys.argv[2]):
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -443,7 +480,7 @@ def test_a_lock_makes_the_second_wait_until_the_first_is_done_or_dead(
         with store.lock(KEY):
             got.set()
 
-    with process(HOLDS, store.root) as first:
+    with process(HOLDS, store.root, KEY) as first:
         thread = threading.Thread(target=second, daemon=True)
         thread.start()
         assert not got.wait(0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from rlhf_tasks import config, training
@@ -186,6 +188,40 @@ def test_a_state_is_replaced_by_the_next(tmp_path: Path) -> None:
     assert load_training_state(tmp_path, other, other_optimizer) == 10
     assert same(dict(other.named_parameters()), dict(model.named_parameters()))
     assert same(optimizer_tensors(other_optimizer), optimizer_tensors(optimizer))
+
+
+def resealed(state: Path, name: str, content: bytes) -> None:
+    """Another file in a state, whose digests agree with it."""
+    (state / name).write_bytes(content)
+    facts = json.loads((state / "state.json").read_text())
+    facts["sha256"][name] = hashlib.sha256(content).hexdigest()
+    (state / "state.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: (state / "state.json").write_text("[]"),
+        lambda state: (state / "state.json").write_text('{"step": 9}'),
+        lambda state: (state / "optimizer.safetensors").unlink(),
+        lambda state: resealed(state, "model.safetensors", b"\xff" * 100),
+        lambda state: resealed(state, "model.safetensors", save({"weight": torch.ones(3, 3)})),
+        lambda state: resealed(state, "optimizer.safetensors", save({"no index": torch.ones(1)})),
+    ],
+    ids=["a list", "half", "a file less", "no header", "other shapes", "no optimizer"],
+)
+def test_a_state_that_is_not_ours_is_begun_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], object]
+) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = adamw(model.parameters(), 0.1)
+    save_training_state(tmp_path, model, optimizer, 9)
+    damage(tmp_path / "step-00000009")
+    other = nn.Linear(2, 2)
+    before = {name: weight.detach().clone() for name, weight in other.named_parameters()}
+    assert load_training_state(tmp_path, other, adamw(other.parameters(), 0.1)) == 0
+    assert same(dict(other.named_parameters()), before)
+    assert "training starts from its beginning" in caplog.text
 
 
 def test_an_optimizers_state_goes_under_a_prefix_and_keeps_the_rates_of_its_owner() -> None:

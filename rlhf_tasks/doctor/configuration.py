@@ -88,17 +88,17 @@ def checkpoints(root: Path, params: Params) -> Finding:
         return Finding("checkpoints", None, "there are none yet")
     for stage in stages:
         job = engine.plan(workspace, stage)
-        entry = workspace.store.find(job.key)
-        if not (entry and engine.exported(workspace, entry)) and not _vouched(workspace, stage):
+        entry = engine.find(workspace, job)
+        if not (entry and engine.exported(workspace, entry)) and not _vouched(workspace, stage, job):
             text = f"checkpoints/{stage.name} is of other parameters, data or code; `rlhf run --until reward` first"
             return Finding("checkpoints", False, text)
     return Finding("checkpoints", True, "SFT and Reward are those of params.yaml, data and code")
 
 
-def _vouched(workspace: engine.Workspace, stage: Stage) -> bool:
+def _vouched(workspace: engine.Workspace, stage: Stage, job: engine.Job) -> bool:
     """Whether dvc.lock says so, as in a clone that pulled."""
     try:
-        return engine.adoptable(workspace, stage) and stage.name not in versioning.outdated_stages(workspace.root)
+        return engine.adoptable(workspace, job) and stage.name not in versioning.outdated_stages(workspace.root)
     except UserError:  # no DVC here
         return False
 

@@ -86,11 +86,12 @@ def iterate(state: PPOState, fixed: Fixed, ppo: config.PPO, seed: int) -> tuple[
 
     metrics = rollout_metrics(episodes, experience, raw_scores, state.kl_control.coef) | updates
     metrics["policy/learning_rate"] = state.actor.optimizer.param_groups[0]["lr"]
-    if iteration > ppo.critic_warmup:  # while the Actor waits its KL is 0, which says nothing of β
-        state.kl_control.update(metrics["objective/kl"], ppo.batch)
     if state.length_control:
         metrics["objective/cut_price"] = state.length_control.price
-        state.length_control.update(metrics["response/length"])
+    if iteration > ppo.critic_warmup:  # while the Actor waits, its KL and length are SFT's: they say nothing of a price
+        state.kl_control.update(metrics["objective/kl"], ppo.batch)
+        if state.length_control:
+            state.length_control.update(metrics["response/length"])
     state.iteration = iteration
     tokens = sum(len(response) for response in episodes.responses)
     return metrics, clock.seconds | {"response_tokens": float(tokens)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -82,6 +84,31 @@ def test_a_helper_deep_in_a_stages_code_counts(copy_of: Project) -> None:
     after = copy_of.lock()
     changed = {path for stage, outs in after.items() for path in outs if outs[path] != before[stage][path]}
     assert changed == {"lineage/ppo.json", "lineage/evaluate.json"}, "which name the code"
+
+
+class Attack:
+    """What unpickling it does to a machine."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_prefects_records_are_written_and_never_read(copy_of: Project, tmp_path: Path) -> None:
+    """A record names what it is to be deserialised with: somebody else's could say pickle."""
+    marker = tmp_path / "ran"
+    pickled = base64.encodebytes(pickle.dumps(Attack(marker))).decode()
+    records = list((copy_of.root / ".rlhf/results").iterdir())
+    assert records
+    for record in records:
+        document = read(record)
+        document["metadata"] |= {"serializer": {"type": "pickle"}, "storage_key": str(record)}
+        record.write_text(json.dumps(document | {"result": pickled}))
+    done = copy_of.rlhf("run")
+    assert states(done.stdout) == dict.fromkeys(STAGES, "cached"), done.stdout + done.stderr
+    assert not marker.exists()
 
 
 def test_what_has_no_content_cannot_be_keyed(copy_of: Project) -> None:

@@ -150,6 +150,8 @@ def test_no_file_of_a_run_is_a_pickle(finished: Project) -> None:
                 head = file.read(2)
             # pickle protocol 2 and later start with \x80 and their number
             assert not (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")), path
+    records = [json.loads(path.read_text()) for path in (finished.root / ".rlhf/results").iterdir()]
+    assert {record["metadata"]["serializer"]["type"] for record in records} == {"json"}
 
 
 @pytest.mark.parametrize(

@@ -330,7 +330,7 @@ def test_configure_keeps_what_the_user_has_set(tmp_path: Path, monkeypatch: pyte
     assert variables["PREFECT_HOME"] == "/theirs"
     assert "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL" not in variables
     assert variables["NO_PROXY"] == variables["no_proxy"] == "intern,127.0.0.1"
-    assert variables["PREFECT_LOCAL_STORAGE_PATH"] == str(tmp_path / ".rlhf/store/results")
+    assert variables["PREFECT_LOCAL_STORAGE_PATH"] == str(tmp_path / ".rlhf/results")
     assert variables["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
@@ -342,7 +342,7 @@ from mlflow.utils.logging_utils import get_mlflow_log_level
 from prefect.analytics import is_telemetry_enabled
 from prefect.settings import get_current_settings
 settings = get_current_settings()
-assert settings.results.local_storage_path == root / ".rlhf/store/results"
+assert settings.results.local_storage_path == root / ".rlhf/results"
 assert not settings.server.analytics_enabled and not is_telemetry_enabled()
 assert is_telemetry_disabled() and get_mlflow_log_level() == "ERROR"
 assert constants.HF_HUB_DISABLE_TELEMETRY and constants.HF_HUB_DISABLE_PROGRESS_BARS

@@ -153,14 +153,16 @@ def test_beta_is_steered_after_the_iteration(four: Any) -> None:
     assert iterate(state, fixed, settings, seed=0)[0]["objective/kl_coef"] == pytest.approx(used)
 
 
-def test_beta_waits_while_the_critic_warms_up(four: Any) -> None:
-    """The Actor does not move then: that its KL is small says nothing of β."""
+def test_prices_wait_while_the_critic_warms_up(four: Any) -> None:
+    """The Actor does not move then: that its KL is small says nothing of β, nor its length of the price of a cut."""
     settings = ppo(critic_warmup=1, kl=config.KL(controller="adaptive", target=50.0, horizon=100))
     state, fixed = start(four, settings, AdaptiveKL(0.05, target=50.0, horizon=100))
+    state.length_control = LengthControl(price=0.1, rate=3.0, target=50.0)
     iterate(state, fixed, settings, seed=0)
-    assert state.kl_control.coef == 0.05
+    assert (state.kl_control.coef, state.length_control.price) == (0.05, 0.1)
     iterate(state, fixed, settings, seed=0)
     assert state.kl_control.coef < 0.05
+    assert state.length_control.price < 0.1
 
 
 def test_a_cut_costs_more_while_answers_are_longer_than_sfts() -> None:
