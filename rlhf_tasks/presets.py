@@ -1,7 +1,8 @@
 """Known conventions of PPO-RLHF by name: what `rlhf preset NAME` writes into params.yaml.
 
-A preset sets what changes the algorithm, not what depends on the model or the machine (learning rates, batch, lengths,
-temperature). docs/presets.md has the table and its sources.
+A preset sets what changes the algorithm, not what depends on the model or the machine: learning rates, their schedule,
+batch, lengths, temperature, gradient clipping, what the Critic starts from. docs/presets.md has the table, its sources,
+and what differs from them whatever is set.
 """
 
 from __future__ import annotations
