@@ -62,8 +62,9 @@ class Bar:
         now = time.monotonic()
         if not console.is_terminal and values and now - self._said > SECONDS_BETWEEN_LINES:
             self._said = now
-            left = (now - self._started) / max(1, done - self._first) * (total - done)
-            console.print(f"  {self.stage:9} {done}/{total}  {text}  {left:.0f} s left", soft_wrap=True)
+            took = now - self._started  # since the first step that was seen, which says nothing of its own
+            left = f"  {took / (done - self._first) * (total - done):.0f} s left" if done > self._first else ""
+            console.print(f"  {self.stage:9} {done}/{total}  {text}{left}", soft_wrap=True)
 
 
 def say_stage(stage: str, how: str, seconds: float, headline: str) -> None:

@@ -91,13 +91,17 @@ def bring_checkout_up_to_date(root: Path, params: dict[str, Any], stages: list[S
     """Write parameters into params.yaml, and keep dvc.yaml true: its deps follow params.yaml and the code.
 
     Raises:
-        UserError: a parameter or a source that it names is wrong; or DVC is running this stage from a dvc.yaml that is
-            out of date.
+        UserError: a parameter, or a source or function that it names, is wrong; or DVC is running this stage from a
+            dvc.yaml that is out of date.
     """
     for change in set_params(root / "params.yaml", params):
         log.info("params.yaml: %s", change)
     settings = load_params(root / "params.yaml")
     engine.check_sources(settings, root, stages)
+    if settings.reward_function.name and STAGES["ppo"] in stages:
+        from rlhf_tasks.reward_function import try_reward_function  # which imports torch
+
+        try_reward_function(settings.reward_function)
     if not versioning.update_pipeline(root, settings):
         return
     if versioning.inside_stage():

@@ -50,6 +50,33 @@ def load_reward_function(settings: config.RewardFunction, tokenizer: Any) -> Sco
     return score
 
 
+class _Words:
+    """Stands in for a tokenizer where only texts are wanted: a row is its own text."""
+
+    def batch_decode(self, rows: list[list[str]], skip_special_tokens: bool) -> list[str]:
+        return [" ".join(row) for row in rows]
+
+
+def try_reward_function(settings: config.RewardFunction) -> list[float] | None:
+    """Its scores of two texts, twice the same; None where none is named. Needs no model, so it comes before hours do.
+
+    Raises:
+        UserError: it cannot be imported, raised, returned something else than numbers, or other ones the second time.
+    """
+    score = load_reward_function(settings, _Words())
+    if score is None:
+        return None
+    prompts: Any = [["The", "film", "is"], ["A", "film"]]
+    responses: Any = [["good", "!"], ["that", "is", "bad"]]
+    first, again = (score(prompts, responses).tolist() for _ in range(2))
+    if first != again:
+        raise UserError(
+            f"reward_function.name: {settings.name!r} gives other scores for the same texts, so no run could be made "
+            "again; let it depend on them alone"
+        )
+    return [float(number) for number in first]
+
+
 def _import(name: str) -> Callable[[list[str], list[str]], Sequence[float]]:
     module, _, attribute = name.partition(":")
     here = Path.cwd()

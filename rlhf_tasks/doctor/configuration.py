@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -14,7 +13,7 @@ from rlhf_tasks.config import Params
 from rlhf_tasks.data.tables import TokenColumn, read_table
 from rlhf_tasks.doctor.finding import Finding
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.reward_function import load_reward_function
+from rlhf_tasks.reward_function import try_reward_function
 from rlhf_tasks.stages import STAGES, Stage
 
 
@@ -117,22 +116,9 @@ def lengths(root: Path, params: Params) -> Finding:
     return Finding("lengths", True, f"prompt and response have at most {longest} tokens, the model {have} positions")
 
 
-class _Words:
-    """Stands in for a tokenizer where only texts are wanted: a row is its own text."""
-
-    def batch_decode(self, rows: list[list[str]], skip_special_tokens: bool) -> list[str]:
-        return [" ".join(row) for row in rows]
-
-
 def reward_function(root: Path, params: Params) -> Finding:
     """That it can be imported and called, before there is any model."""
-    score = load_reward_function(params.reward_function, _Words())
-    if score is None:
+    scores = try_reward_function(params.reward_function)
+    if scores is None:
         return Finding("reward function", True, "none is named")
-    prompts: Any = [["The", "film", "is"], ["A", "film"]]
-    responses: Any = [["good", "!"], ["that", "is", "bad"]]
-    first, again = (score(prompts, responses).tolist() for _ in range(2))
-    if first != again:
-        text = f"{params.reward_function.name}: other scores for the same texts, so no run could be made again"
-        return Finding("reward function", False, text)
-    return Finding("reward function", True, f"{params.reward_function.name}: scores two texts {first}")
+    return Finding("reward function", True, f"{params.reward_function.name}: scores two texts {scores}")

@@ -160,6 +160,7 @@ def test_no_file_of_a_run_is_a_pickle(finished: Project) -> None:
         ("ppo.kl.coeff=0.1", "unknown key `ppo.kl.coeff`; did you mean `ppo.kl.coef`?"),
         ("ppo.clip=wide", "`ppo.clip`: found 'wide'"),
         ("data.sources=[{kind: ratings, path: nowhere.jsonl}]", "nowhere.jsonl: not found"),
+        ("reward_function.name=nowhere:score", "'nowhere:score' cannot be imported"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(copy_of: Project, assignment: str, sentence: str) -> None:
