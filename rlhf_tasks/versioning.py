@@ -100,17 +100,28 @@ def read_at(root: Path, revision: str, path: str) -> bytes:
         return target.read_bytes()
 
 
+def commit_of(root: Path, revision: str) -> str:
+    """The commit that a git revision names.
+
+    Raises:
+        UserError: there is no such revision.
+    """
+    commit = git(root, "rev-parse", "--verify", f"{revision}^{{commit}}").decode().strip()
+    if not commit:
+        raise UserError(
+            f"{revision}: no git revision of {root}; expected one, or models:/NAME@ALIAS or models:/NAME/VERSION"
+        )
+    return commit
+
+
 def committed_lock(root: Path, revision: str) -> bytes:
     """dvc.lock as git has it.
 
     Raises:
         UserError: there is no such revision, or no dvc.lock in it.
     """
-    if not git(root, "rev-parse", "--verify", f"{revision}^{{commit}}"):
-        raise UserError(
-            f"{revision}: no git revision of {root}; expected one, or models:/NAME@ALIAS or models:/NAME/VERSION"
-        )
-    lock = git(root, "show", f"{revision}:{LOCK}")
+    commit_of(root, revision)
+    lock = git(root, "show", f"{revision}:./{LOCK}")  # a project may be a folder of its repository
     if not lock:
         raise UserError(f"{revision}: has no {LOCK}; commit it after a run (`git add {LOCK} && git commit`)")
     return lock
