@@ -20,6 +20,8 @@ def reproduce(root: Path, name: str, into: Path | None) -> bool:
     """
     what = wanted(root, name)
     target = (into or Path(tempfile.mkdtemp(prefix="rlhf-reproduce-")) / "checkout").resolve()
+    if target.is_file():
+        raise UserError(f"--into {target}: found a file, expected a new or an empty folder; name another place")
     if target.exists() and any(target.iterdir()):
         raise UserError(f"--into {target}: found something there, expected a new or an empty folder")
     changed = " with source.patch" if what.patch else ""

@@ -61,7 +61,8 @@ def wanted(root: Path, name: str) -> Wanted:
             raise UserError(f"{name}: made from git commit {commit or 'none'}, which is not here; `git fetch` it")
         return Wanted(commit, origin.patch, origin.lock, origin.document)
     lock = versioning.committed_lock(root, name)
-    commit = git(root, "rev-parse", f"{name}^{{commit}}").decode().strip()
+    locked_outs(lock, f"{LOCK} of {name}")  # now, not after hours
+    commit = versioning.commit_of(root, name)
     try:
         document = lineage_of(lambda path: versioning.read_at(root, name, path))
     except UserError:  # not pushed, not fetched: the digests are in git
@@ -95,7 +96,7 @@ def make_again(root: Path, target: Path, what: Wanted) -> None:
 
 def compare(root: Path, target: Path, what: Wanted) -> Iterator[Compared]:
     """Every stage's outs against those that were wanted. Their lineage is compared apart: it is no result."""
-    before, now = locked_outs(what.lock), locked_outs((target / LOCK).read_bytes())
+    before, now = locked_outs(what.lock, f"{LOCK} of {what.commit[:12]}"), locked_outs((target / LOCK).read_bytes())
     for stage in STAGES.values():
         results = [path for path in stage.outs.values() if path != stage.lineage]
         old, new = before.get(stage.name, {}), now.get(stage.name, {})
