@@ -70,13 +70,18 @@ def wanted(root: Path, name: str) -> Wanted:
     return Wanted(commit, b"", lock, document)
 
 
-def make_again(root: Path, target: Path, what: Wanted) -> None:
+def make_again(root: Path, target: Path, what: Wanted) -> Path:
     """Clone, patch, pull the raw data, and run the whole pipeline with MLflow and Prefect of its own.
+
+    Returns:
+        The project in the clone.
 
     Raises:
         UserError: git, DVC or the pipeline could not.
     """
-    _git(root, "clone", "--quiet", "--no-checkout", str(root.resolve()), str(target))
+    repository, inside = versioning.place_in_repository(root)
+    project = target / inside
+    _git(root, "clone", "--quiet", "--no-checkout", str(repository), str(target))
     _git(target, "checkout", "--quiet", "--detach", what.commit)
     if what.patch:
         patch = target / ".git" / "source.patch"
@@ -84,14 +89,15 @@ def make_again(root: Path, target: Path, what: Wanted) -> None:
         _git(target, "apply", "--whitespace=nowarn", str(patch))
     local = root / ".dvc/config.local"
     if local.exists():
-        shutil.copyfile(local, target / ".dvc/config.local")
-    versioning.pull_sources(target, root)
-    (target / LOCK).unlink(missing_ok=True)  # nothing is to be adopted
+        shutil.copyfile(local, project / ".dvc/config.local")
+    versioning.pull_sources(project, root)
+    (project / LOCK).unlink(missing_ok=True)  # nothing is to be adopted
     own = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "PREFECT_API_URL", "PREFECT_HOME", "RLHF_STORE")
     environment = {name: value for name, value in os.environ.items() if name not in own}
-    done = subprocess.run([sys.executable, "-m", "flows.cli", "run"], cwd=target, env=environment)
+    done = subprocess.run([sys.executable, "-m", "flows.cli", "run"], cwd=project, env=environment)
     if done.returncode:
-        raise UserError(f"{target}: the pipeline ended with status {done.returncode}, see above")
+        raise UserError(f"{project}: the pipeline ended with status {done.returncode}, see above")
+    return project
 
 
 def compare(root: Path, target: Path, what: Wanted) -> Iterator[Compared]:
@@ -120,7 +126,7 @@ def environment_changes(target: Path, document: Document) -> dict[str, tuple[Any
 
 
 def _first_file(root: Path, target: Path, old: str | None, new: str | None) -> str:
-    before, now = (versioning.cached_files(place, md5) if md5 else {} for place, md5 in ((root, old), (target, new)))
+    before, now = (versioning.files_of(place, md5) if md5 else {} for place, md5 in ((root, old), (target, new)))
     if not before or not now:
         return ""
     return next((name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)), "")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from rlhf_tasks import gc, versioning
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.lineage import lineage_of, locked_outs
 from rlhf_tasks.origins import Origin, keys_of_versions, log_origin, origin_of_version
+from rlhf_tasks.reproduction import Wanted, make_again
+from rlhf_tasks.source import source_of
 from rlhf_tasks.stages import STAGES
 from rlhf_tasks.store import digest_json
 from rlhf_tasks.tracking import Tracker, Unreachable
@@ -227,3 +231,50 @@ def test_a_revision_needs_no_mlflow(
     assert len(document["git"]["commit"]) == 40
     assert not any("runs" in facts for facts in document["stages"].values())
     assert not (revision / "mlflow.db").exists()
+
+
+# A project in a folder of its repository, with DVC -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def monorepo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose one stage leaves a folder, pushed to a remote; its pipeline writes where it ran."""
+    root = tmp_path_factory.mktemp("monorepo")
+    project = root / "deep/project"
+    (project / "flows").mkdir(parents=True)
+    (project / "flows/__init__.py").touch()
+    (project / "flows/cli.py").write_text("open('ran', 'w').write(open('text').read())\n")
+    (project / "text").write_text("committed")
+    stage = "mkdir out && echo 1 > out/a && echo 2 > out/b"
+    (project / "dvc.yaml").write_text(f"stages:\n  sft:\n    cmd: {stage}\n    outs: [out]\n")
+    git(root, "init", "-q")
+    remote = str(root.with_name("remote"))
+    for command in (("init", "--subdir"), ("remote", "add", "-d", "store", remote), ("repro",), ("push",)):
+        subprocess.run([sys.executable, "-m", "dvc", *command], cwd=project, check=True, capture_output=True)
+    git(root, "add", "--all")
+    git(root, "commit", "-qm", "a run")
+    return project
+
+
+def test_an_out_is_read_from_a_folder_of_the_repository(monorepo: Path) -> None:
+    assert versioning.read_at(monorepo, "HEAD", "out/a") == b"1\n"
+
+
+def test_a_clone_asks_the_remote_what_a_folder_held(monorepo: Path, tmp_path: Path) -> None:
+    git(tmp_path, "clone", "-q", str(monorepo.parents[1]), "clone")
+    clone = tmp_path / "clone/deep/project"
+    md5 = locked_outs((clone / "dvc.lock").read_bytes())["sft"]["out"]
+    files = versioning.files_of(clone, md5)
+    assert files == versioning.files_of(monorepo, md5)
+    assert sorted(files) == ["a", "b"]
+    assert not list((clone / ".dvc").rglob("*.dir")), "the files stay where they are"
+    assert versioning.files_of(clone, "0" * 32 + ".dir") == {}
+
+
+def test_a_project_in_a_folder_is_made_again_there(monorepo: Path, tmp_path: Path) -> None:
+    (monorepo / "text").write_text("changed")
+    source = source_of(monorepo)
+    wanted = Wanted(source.commit, source.patch, b"", None)
+    project = make_again(monorepo, tmp_path / "again", wanted)
+    assert project == tmp_path / "again/deep/project"
+    assert (project / "ran").read_text() == "changed"
