@@ -14,7 +14,7 @@ from rlhf_tasks import versioning
 from rlhf_tasks.config import load_params
 from rlhf_tasks.engine import Workspace
 from rlhf_tasks.explain import flat
-from rlhf_tasks.lineage import Document, broken_links, inputs_of, lineage_here, lineage_of
+from rlhf_tasks.lineage import Document, broken_links, environment_of, inputs_of, lineage_here, lineage_of
 from rlhf_tasks.source import source_of
 from rlhf_tasks.stages import STAGES
 
@@ -30,8 +30,17 @@ def find_lineage(root: Path, name: str) -> Document:
 
         return origin_of_version(root, name).document
     if name:
-        return lineage_of(lambda path: versioning.read_at(root, name, path)) | {"revision": name}
+        return _lineage_at(root, name)
     return lineage_here(Workspace(root, load_params(root / "params.yaml")), source_of(root))
+
+
+def _lineage_at(root: Path, revision: str) -> Document:
+    from rlhf_tasks.origins import add_makers
+
+    document = lineage_of(lambda path: versioning.read_at(root, revision, path))
+    add_makers(root, document)
+    git = {"commit": versioning.commit_of(root, revision), "dirty": False}
+    return document | {"revision": revision, "git": git, "environment": environment_of(document)}
 
 
 def say_lineage(root: Path, name: str, *, as_json: bool) -> None:
@@ -58,6 +67,8 @@ def _head(document: Document) -> list[str]:
         lines.append(f"git {git['commit']}{' with changes (source.patch)' if git['dirty'] else ''}")
     if runs := document.get("runs"):
         lines.append(", ".join(f"{tool} run {run}" for tool, run in runs.items()))
+    if environment := document.get("environment"):
+        lines.append(_named(environment))
     if machine := document.get("machine"):
         lines.append(", ".join(str(machine[k]) for k in ("processor", "gpu", "system") if k in machine))
         lines.append(f"Python {machine['python']}, {machine['cores']} cores, {machine['memory_gb']} GB")
@@ -86,12 +97,16 @@ def _add_stage(tree: Tree, document: Document, stage: str, seen: set[str]) -> No
 def _made(facts: dict[str, Any]) -> str:
     parts = [facts[name] for name in ("made",) if facts.get(name)]
     parts += [f"{facts['seconds']:.0f} s"] if facts.get("seconds") else []
-    parts += [f"MLflow run {facts['runs']['MLflow'][:8]}"] if "runs" in facts else []
+    parts += [f"{tool} run {run[:8]}" for tool, run in facts.get("runs", {}).items() if run]
     return f"  ({', '.join(parts)})" if parts else ""
 
 
 def _environment(identity: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in flat(identity["environment"]).items())
+    return _named(identity["environment"])
+
+
+def _named(environment: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in flat(environment).items())
 
 
 def _md5(document: Document, maker: str | None, path: str) -> str:

@@ -20,19 +20,20 @@ def reproduce(root: Path, name: str, into: Path | None) -> bool:
     """
     what = wanted(root, name)
     target = (into or Path(tempfile.mkdtemp(prefix="rlhf-reproduce-")) / "checkout").resolve()
+    if target.is_file():
+        raise UserError(f"--into {target}: found a file, expected a new or an empty folder; name another place")
     if target.exists() and any(target.iterdir()):
         raise UserError(f"--into {target}: found something there, expected a new or an empty folder")
     changed = " with source.patch" if what.patch else ""
     console.print(escape(f"{name}: git {what.commit[:12]}{changed}, again in {target}"), soft_wrap=True)
-    make_again(root, target, what)
+    project = make_again(root, target, what)
     console.print()
     equal = True
-    for compared in compare(root, target, what):
+    for compared in compare(root, project, what):
         console.print(escape(_line(compared)), soft_wrap=True)
         equal = equal and not compared.differing
-    console.print(
-        escape(_verdict(target, equal, environment_changes(target, what.document) if what.document else None))
-    )
+    changes = environment_changes(project, what.document) if what.document else None
+    console.print(escape(_verdict(equal, changes)))
     return equal
 
 
@@ -43,7 +44,7 @@ def _line(compared: Compared) -> str:
     return f"{compared.stage:<10} differs  {', '.join(told)}"
 
 
-def _verdict(target: Path, equal: bool, changes: dict[str, tuple[object, object]] | None) -> str:
+def _verdict(equal: bool, changes: dict[str, tuple[object, object]] | None) -> str:
     verdict = "reproduced: every digest agrees" if equal else "not reproduced"
     if changes is None:
         return f"{verdict}; the environment of then is not known here (`dvc fetch` gets it)"

@@ -1,13 +1,17 @@
 """`rlhf gc`: what the store holds that nothing needs any more.
 
 Kept is what this checkout's next run would find, and the stage results that a dvc.lock of a branch, a tag or the
-checkout, or a registered version, names. Deleting more would cost time, never results: DVC's cache holds those.
+checkout, or a registered version, names; and whatever a process works on. Deleting more would cost time, never results:
+DVC's cache holds those.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,17 +20,22 @@ from rlhf_tasks.engine import Workspace, lineage_text
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.lineage import locked_outs
 from rlhf_tasks.origins import keys_of_versions
-from rlhf_tasks.source import LOCK, git
+from rlhf_tasks.source import LOCK, git, git_or_fail, is_repository
 from rlhf_tasks.stages import LINEAGE, STAGES
-from rlhf_tasks.store import Entry
+from rlhf_tasks.store import Entry, Store
 
 
 @dataclass(frozen=True)
 class Unneeded:
-    """Something that may go: an entry of a stage, or what unfinished work left."""
+    """Something that may go: an entry of a stage, or what unfinished work left.
+
+    Attributes:
+        lock: the key whose lock those hold who work on it.
+    """
 
     what: str
     folder: Path
+    lock: str
 
     @property
     def size(self) -> int:
@@ -39,49 +48,96 @@ def unneeded(workspace: Workspace) -> list[Unneeded]:
     """What may go.
 
     Raises:
-        UserError: MLflow does not answer, so nobody knows what registered versions need.
+        UserError: nobody knows what registered versions, or a dvc.lock, need.
     """
-    own, versions = _own_keys(workspace), keys_of_versions(workspace.root, workspace.params.register_.name)
+    (own, unknown), versions = _own_keys(workspace), keys_of_versions(workspace.root)
     locked = _locked_lineages(workspace.root)
+    entries = list(workspace.store.entries())
+    parents = {entry.manifest["key"]: entry.manifest["identity"].get("parent") for entry in entries}
 
     def needed(entry: Entry) -> bool:
-        return entry.manifest["key"] in own | versions or _lineage_md5(entry) in locked
+        ours = entry.manifest["key"] in own | versions or entry.manifest["identity"]["stage"] in unknown
+        return ours or _lineage_md5(entry) in locked
 
-    found = [Unneeded(_named(entry), entry.folder) for entry in workspace.store.entries() if not needed(entry)]
-    begun = [folder for folder in (workspace.store.root / "partial").iterdir() if folder.name not in own]
-    return found + [Unneeded("unfinished work", folder) for folder in begun]
+    found = [
+        Unneeded(_named(entry), entry.folder, _first(entry.manifest["key"], parents))
+        for entry in entries
+        if not needed(entry)
+    ]
+    if not unknown:  # whose work is unfinished its folder does not say
+        begun = [folder for folder in (workspace.store.root / "partial").iterdir() if folder.name not in own]
+        found += [Unneeded("unfinished work", folder, folder.name) for folder in begun]
+    return [item for item in found if _is_free(workspace.store, item.lock)]
 
 
 def delete(workspace: Workspace, what: list[Unneeded]) -> None:
-    """Delete it, entry by entry: a kill leaves whole ones."""
+    """Delete it, entry by entry, but what somebody works on by now: a kill leaves whole ones."""
     for item in what:
-        if item.folder.parent == workspace.store.root:
-            workspace.store.discard(item.folder.name)
-        else:
-            shutil.rmtree(item.folder, ignore_errors=True)
+        with _lock_if_free(workspace.store, item.lock) as free:
+            if not free:
+                continue
+            if item.folder.parent == workspace.store.root:
+                workspace.store.discard(item.folder.name)
+            else:
+                shutil.rmtree(item.folder, ignore_errors=True)
 
 
-def _own_keys(workspace: Workspace) -> set[str]:
-    """Keys of what the next run in this checkout would look for, as far as they are known before it."""
-    keys = set()
+@contextlib.contextmanager
+def _lock_if_free(store: Store, key: str) -> Iterator[bool]:
+    """Hold the lock of a key unless another process does. Yields whether it is held here."""
+    with (store.root / "locks" / key).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        yield free
+
+
+def _is_free(store: Store, key: str) -> bool:
+    with _lock_if_free(store, key) as free:
+        return free
+
+
+def _first(key: str, parents: Mapping[str, str | None]) -> str:
+    """The key of the first iteration of an entry's chain: whoever works on any holds its lock."""
+    while parent := parents.get(key):
+        key = parent
+    return key
+
+
+def _own_keys(workspace: Workspace) -> tuple[set[str], set[str]]:
+    """Keys of what the next run in this checkout would look for, and stages (as in a manifest) whose keys only an
+    earlier stage's result will tell.
+    """
+    keys, unknown = set[str](), set[str]()
     for stage in STAGES.values():
         try:
             keys.add(engine.plan(workspace, stage).key)
             keys |= {job.key for job in chain.plan(workspace)} if stage.name == "ppo" else set()
-        except UserError:  # an earlier stage has to run first
-            continue
-    return keys
+        except UserError:  # an input is missing
+            unknown |= {stage.name, chain.ITERATION} if stage.name == "ppo" else {stage.name}
+    return keys, unknown
 
 
 def _locked_lineages(root: Path) -> set[str]:
     """The md5 of every `lineage/<stage>.json` in a dvc.lock of the checkout, a branch or a tag."""
-    commits = git(root, "for-each-ref", "--format=%(objectname)").decode().split()
-    locks = [git(root, "show", f"{commit}:{LOCK}") for commit in {*commits, "HEAD"}]
+    locks = _committed_locks(root) if is_repository(root) else {}
     if (root / LOCK).exists():
-        locks.append((root / LOCK).read_bytes())
-    outs = [outs for lock in locks if lock for outs in locked_outs(lock).values()]
+        locks[str(root / LOCK)] = (root / LOCK).read_bytes()
+    outs = [outs for name, lock in locks.items() for outs in locked_outs(lock, name).values()]
     wanted = {stage.lineage for stage in STAGES.values()}
     return {md5 for stage in outs for path, md5 in stage.items() if path in wanted}
+
+
+def _committed_locks(root: Path) -> dict[str, bytes]:
+    """Every dvc.lock that a ref leads to, named by the first that does."""
+    refs = git_or_fail(root, "for-each-ref", "--format=%(refname)").decode().split()
+    blobs: dict[str, str] = {}
+    for ref in ["HEAD", *refs]:
+        if blob := git(root, "rev-parse", "--quiet", "--verify", f"{ref}:./{LOCK}").decode().strip():
+            blobs.setdefault(blob, f"{LOCK} of {ref}")
+    return {name: git_or_fail(root, "cat-file", "blob", blob) for blob, name in blobs.items()}
 
 
 def _lineage_md5(entry: Entry) -> str:

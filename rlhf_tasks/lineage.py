@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, YAMLError
 
 from rlhf_tasks.engine import Workspace
 from rlhf_tasks.errors import UserError
@@ -32,23 +33,70 @@ Document = dict[str, Any]
 
 
 def lineage_of(read: Read) -> Document:
-    """The stages by name, each with `key`, `identity` and its `outs`' digests in DVC, from files that `read` gives."""
+    """The stages by name, each with `key`, `identity` and its `outs`' digests in DVC, from files that `read` gives.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
     try:
         lock = locked_outs(read(LOCK))
     except FileNotFoundError:  # a checkout in which nothing was recorded yet
         lock = {}
     stages = {}
     for stage in STAGES.values():
-        identity = _read_json(read, stage.lineage)
+        identity = _read_identity(read, stage.lineage)
         stages[stage.name] = {"key": digest_json(identity), "identity": identity, "dvc": lock.get(stage.name, {})}
     return {"stages": stages}
 
 
-def _read_json(read: Read, path: str) -> Any:
+def _read_identity(read: Read, path: str) -> Document:
     try:
-        return json.loads(read(path))
+        text = read(path)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; `rlhf run` makes it") from None
+    return _checked(text, path, _is_identity, "what a stage depends on; `rlhf run` makes it again")
+
+
+def checked_document(text: bytes, name: str) -> Document:
+    """A lineage that was kept as JSON.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return _checked(text, name, _is_document, "the lineage that the run kept; restore it, or delete the version")
+
+
+def _checked(text: bytes, name: str, is_right: Callable[[Any], bool], expected: str) -> Document:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"{name}: found something cut or damaged, expected {expected}") from None
+    if not is_right(document):
+        raise UserError(f"{name}: found JSON of another kind, expected {expected}")
+    return document
+
+
+def _is_identity(found: Any) -> bool:
+    parts = ("parameters", "inputs", "code", "environment")
+    return isinstance(found, dict) and all(isinstance(found.get(part), dict) for part in parts)
+
+
+def _is_document(found: Any) -> bool:
+    stages = found.get("stages") if isinstance(found, dict) else None
+    return isinstance(stages, dict) and all(
+        isinstance(facts, dict) and isinstance(facts.get("key"), str) and _is_identity(facts.get("identity"))
+        for facts in stages.values()
+    )
+
+
+def environment_of(document: Document) -> dict[str, Any]:
+    """The libraries and the hardware that the stages were made with; of what differs among them, all values."""
+    values: dict[str, list[Any]] = {}
+    for facts in document["stages"].values():
+        for name, value in facts["identity"]["environment"].items():
+            known = values.setdefault(name, [])
+            known += [value] if value not in known else []
+    return {name: found[0] if len(found) == 1 else found for name, found in values.items()}
 
 
 def lineage_here(workspace: Workspace, source: Source) -> Document:
@@ -59,12 +107,12 @@ def lineage_here(workspace: Workspace, source: Source) -> Document:
         facts["digests"] = {path: digest_path(workspace.root / path) for path in stage.outs.values()}
         if entry := workspace.store.find(facts["key"]):
             facts["seconds"] = entry.manifest["perf"].get("seconds")
-            facts["made"] = _instant(made_at(entry))
+            facts["made"] = instant(made_at(entry))
     return document | {
         "git": {"commit": source.commit, "dirty": source.dirty},
         "machine": machine(),
         "libraries": libraries(),
-        "written": _instant(time.time()),
+        "written": instant(time.time()),
     }
 
 
@@ -97,15 +145,32 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _instant(seconds: float) -> str:
+def instant(seconds: float) -> str:
+    """A time in seconds since 1970 as text, UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def locked_outs(lock: bytes) -> dict[str, dict[str, str]]:
-    """Each stage's outs in a dvc.lock: path -> md5."""
-    document = YAML(typ="safe", pure=True).load(lock.decode()) or {}
-    stages: Mapping[str, Any] = document.get("stages", {})
-    return {name: {out["path"]: out["md5"] for out in stage.get("outs", [])} for name, stage in stages.items()}
+def locked_outs(lock: bytes, name: str = LOCK) -> dict[str, dict[str, str]]:
+    """Each stage's outs in a dvc.lock: path -> md5.
+
+    Args:
+        name: whose it is, for the message.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        document = YAML(typ="safe", pure=True).load(lock.decode()) or {}
+        stages: Mapping[str, Any] = document.get("stages", {})
+        outs = {stage: facts.get("outs", []) for stage, facts in stages.items()}
+        return {stage: {out["path"]: out["md5"] for out in of if "md5" in out} for stage, of in outs.items()}
+    except (YAMLError, ValueError, AttributeError, TypeError, KeyError):
+        merging = re.search(rb"^<{7} ", lock, re.MULTILINE)
+        found = "the conflict markers of a merge" if merging else "something else or damaged"
+        raise UserError(
+            f"{name}: found {found}, expected the stages that DVC recorded; take one side of a merge or the last good "
+            f"commit (`git checkout COMMIT -- {LOCK}`), or delete it and `rlhf run`"
+        ) from None
 
 
 # The tree ------------------------------------------------------------------------------------------------------------

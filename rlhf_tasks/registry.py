@@ -29,13 +29,16 @@ from rlhf_tasks.errors import UserError
 from rlhf_tasks.store import digest_path, open_lock
 
 if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
     from rlhf_tasks import config
 
 log = logging.getLogger(__name__)
 
-CHAMPION, CHALLENGER, DIGEST = "champion", "challenger", "actor_digest"
+CHAMPION, CHALLENGER, DIGEST, GATE = "champion", "challenger", "actor_digest", "gate"
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the second where only an alias is missing
+_TOLD = 8  # versions in a sentence
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,9 @@ def settle(
         register_=register_, generation=generation, actor=actor, evaluation=evaluation, tracking=tracking
     )
     previous = champion(register_.name, tracking.uri)
-    if not all(outcome.passed for outcome in gate(_numbers(evaluation), register_.gate)):
+    outcomes = gate(_numbers(evaluation), register_.gate)
+    _tag_verdict(register_.name, version, outcomes, tracking.uri)
+    if not all(outcome.passed for outcome in outcomes):
         return Settled(version, previous, previous)
     previous = promote(register_.name, version, tracking.uri, tracking.lock)
     return Settled(version, previous, version)
@@ -176,11 +181,6 @@ def find_version(name: str, actor_digest: str, tracking_uri: str) -> int | None:
     return max((int(version.version) for version in versions), default=None)
 
 
-def registered_versions(name: str, tracking_uri: str) -> list[int]:
-    """The numbers of all versions under a name."""
-    return [int(version.version) for version in MlflowClient(tracking_uri).search_model_versions(f"name = '{name}'")]
-
-
 @dataclass(frozen=True)
 class Registered:
     """A version, the run that registered it, and when (UTC)."""
@@ -191,11 +191,22 @@ class Registered:
     created: str
 
 
+def registered_versions(tracking_uri: str) -> list[Registered]:
+    """Every version, under whatever name, that this pipeline registered."""
+    client, found = MlflowClient(tracking_uri), list[Registered]()
+    token: str | None = ""
+    while token is not None:
+        page = client.search_model_versions(page_token=token or None)
+        found += [_registered(version) for version in page if DIGEST in version.tags]
+        token = page.token or None
+    return found
+
+
 def find_registered(uri: str, tracking_uri: str) -> Registered:
     """The version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names.
 
     Raises:
-        UserError: the registry has none.
+        UserError: the registry has none; the message says which there are.
     """
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
     if not match:
@@ -203,10 +214,39 @@ def find_registered(uri: str, tracking_uri: str) -> Registered:
     (name, alias, number), client = match.groups(), MlflowClient(tracking_uri)
     try:
         found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
-    except MlflowException:
-        raise UserError(f"{uri}: the MLflow registry has no such version") from None
+    except MlflowException as error:
+        if error.error_code not in _ABSENT:
+            raise
+        missing = f"no alias {alias}" if alias else f"no version {number}"
+        raise UserError(f"{uri}: {_what_there_is(client, name, missing)}") from None
+    return _registered(found)
+
+
+def _registered(found: ModelVersion) -> Registered:
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(found.creation_timestamp / 1000))
-    return Registered(name, int(found.version), str(found.run_id), created)
+    return Registered(found.name, int(found.version), str(found.run_id), created)
+
+
+def _what_there_is(client: MlflowClient, name: str, missing: str) -> str:
+    """What a name has instead of what is missing: its versions with their aliases and the gate's verdicts."""
+    versions = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda v: int(v.version), reverse=True)
+    if not versions:
+        return f"the MLflow registry has no versions of {name}; `rlhf run` registers one"
+    aliases, told = client.get_registered_model(name).aliases, list[str]()
+    for version in versions[:_TOLD]:
+        facts = [f"@{alias}" for alias, number in sorted(aliases.items()) if int(number) == int(version.version)]
+        facts += [f"gate {version.tags[GATE]}"] if GATE in version.tags else []
+        told.append(f"{version.version} ({', '.join(facts)})" if facts else str(version.version))
+    more = f" and {len(versions) - _TOLD} older ones" if len(versions) > _TOLD else ""
+    return f"{name} has {missing} in the MLflow registry, expected one of its versions: {', '.join(told)}{more}"
+
+
+def _tag_verdict(name: str, version: int, outcomes: list[Outcome], tracking_uri: str) -> None:
+    """Say with the version what the gate said of it, so that the registry can tell why it is not champion."""
+    failed = [f"{o.name} {o.found:.4g}, limit {o.limit:.4g}" for o in outcomes if not o.passed]
+    verdict, client = f"failed: {'; '.join(failed)}" if failed else "passed", MlflowClient(tracking_uri)
+    if client.get_model_version(name, str(version)).tags.get(GATE) != verdict:
+        client.set_model_version_tag(name, str(version), GATE, verdict)
 
 
 def champion(name: str, tracking_uri: str) -> int | None:
@@ -425,8 +465,7 @@ def _version_at(client: MlflowClient, name: str, alias: str) -> int | None:
     try:
         return int(client.get_model_version_by_alias(name, alias).version)
     except MlflowException as error:
-        # Which of the two it is depends on whether the name or only the alias is missing.
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code in _ABSENT:
             return None
         raise
 

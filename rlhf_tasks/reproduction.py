@@ -61,7 +61,8 @@ def wanted(root: Path, name: str) -> Wanted:
             raise UserError(f"{name}: made from git commit {commit or 'none'}, which is not here; `git fetch` it")
         return Wanted(commit, origin.patch, origin.lock, origin.document)
     lock = versioning.committed_lock(root, name)
-    commit = git(root, "rev-parse", f"{name}^{{commit}}").decode().strip()
+    locked_outs(lock, f"{LOCK} of {name}")  # now, not after hours
+    commit = versioning.commit_of(root, name)
     try:
         document = lineage_of(lambda path: versioning.read_at(root, name, path))
     except UserError:  # not pushed, not fetched: the digests are in git
@@ -69,13 +70,18 @@ def wanted(root: Path, name: str) -> Wanted:
     return Wanted(commit, b"", lock, document)
 
 
-def make_again(root: Path, target: Path, what: Wanted) -> None:
+def make_again(root: Path, target: Path, what: Wanted) -> Path:
     """Clone, patch, pull the raw data, and run the whole pipeline with MLflow and Prefect of its own.
+
+    Returns:
+        The project in the clone.
 
     Raises:
         UserError: git, DVC or the pipeline could not.
     """
-    _git(root, "clone", "--quiet", "--no-checkout", str(root.resolve()), str(target))
+    repository, inside = versioning.place_in_repository(root)
+    project = target / inside
+    _git(root, "clone", "--quiet", "--no-checkout", str(repository), str(target))
     _git(target, "checkout", "--quiet", "--detach", what.commit)
     if what.patch:
         patch = target / ".git" / "source.patch"
@@ -83,19 +89,20 @@ def make_again(root: Path, target: Path, what: Wanted) -> None:
         _git(target, "apply", "--whitespace=nowarn", str(patch))
     local = root / ".dvc/config.local"
     if local.exists():
-        shutil.copyfile(local, target / ".dvc/config.local")
-    versioning.pull_sources(target, root)
-    (target / LOCK).unlink(missing_ok=True)  # nothing is to be adopted
+        shutil.copyfile(local, project / ".dvc/config.local")
+    versioning.pull_sources(project, root)
+    (project / LOCK).unlink(missing_ok=True)  # nothing is to be adopted
     own = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "PREFECT_API_URL", "PREFECT_HOME", "RLHF_STORE")
     environment = {name: value for name, value in os.environ.items() if name not in own}
-    done = subprocess.run([sys.executable, "-m", "flows.cli", "run"], cwd=target, env=environment)
+    done = subprocess.run([sys.executable, "-m", "flows.cli", "run"], cwd=project, env=environment)
     if done.returncode:
-        raise UserError(f"{target}: the pipeline ended with status {done.returncode}, see above")
+        raise UserError(f"{project}: the pipeline ended with status {done.returncode}, see above")
+    return project
 
 
 def compare(root: Path, target: Path, what: Wanted) -> Iterator[Compared]:
     """Every stage's outs against those that were wanted. Their lineage is compared apart: it is no result."""
-    before, now = locked_outs(what.lock), locked_outs((target / LOCK).read_bytes())
+    before, now = locked_outs(what.lock, f"{LOCK} of {what.commit[:12]}"), locked_outs((target / LOCK).read_bytes())
     for stage in STAGES.values():
         results = [path for path in stage.outs.values() if path != stage.lineage]
         old, new = before.get(stage.name, {}), now.get(stage.name, {})
@@ -119,7 +126,7 @@ def environment_changes(target: Path, document: Document) -> dict[str, tuple[Any
 
 
 def _first_file(root: Path, target: Path, old: str | None, new: str | None) -> str:
-    before, now = (versioning.cached_files(place, md5) if md5 else {} for place, md5 in ((root, old), (target, new)))
+    before, now = (versioning.files_of(place, md5) if md5 else {} for place, md5 in ((root, old), (target, new)))
     if not before or not now:
         return ""
     return next((name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)), "")

@@ -115,6 +115,11 @@ def experiment_name() -> str:
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
 
 
+def is_recorded(root: Path) -> bool:
+    """Whether there is a tracking server to ask, or the project's own database: a Tracker would make that."""
+    return tracking_uri(root) != _default_uri(root) or (root / "mlflow.db").exists()
+
+
 class Tracker:
     """One experiment on one tracking server, for any number of threads.
 
@@ -186,6 +191,16 @@ class Tracker:
             if found := self.client.search_runs([self.experiment_id], query, max_results=1):
                 return found[0]
         return None
+
+    def has_run(self, run_id: str) -> bool:
+        """Whether the server knows a run; one that was deleted and can be restored counts."""
+        try:
+            self.client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return False
+            raise
+        return True
 
     def resume(self, run_id: str) -> None:
         """Go on with a run that another process closed: it is RUNNING again, and owned by this process."""
@@ -289,11 +304,23 @@ class Tracker:
 
         Raises:
             FileNotFoundError: there is no such run or folder.
+            Unreachable: the server, or where it keeps artifacts, does not answer.
         """
+        with answered(self.uri):
+            if not self.has_run(run_id):
+                raise FileNotFoundError(f"MLflow run {run_id}: not found")
         try:
-            return Path(self.client.download_artifacts(run_id, folder, str(target)))
-        except (MlflowException, OSError) as error:
-            raise FileNotFoundError(f"MLflow run {run_id}: no artifacts {folder}") from error
+            there = self.client.list_artifacts(run_id, folder)
+            fetched = Path(self.client.download_artifacts(run_id, folder, str(target))) if there else None
+        except Exception as error:  # every kind of artifact store has its own
+            reason = without_secrets(" ".join(str(error).split()))[:200]
+            raise Unreachable(
+                f"MLflow run {run_id}: its artifacts cannot be read ({reason or type(error).__name__}); make the place "
+                "that the server keeps them in reachable, then try again"
+            ) from None
+        if fetched is None:
+            raise FileNotFoundError(f"MLflow run {run_id}: no artifacts {folder}")
+        return fetched
 
     def set_note(self, run_id: str, markdown: str) -> None:
         """The description that MLflow's UI shows on top of the run."""

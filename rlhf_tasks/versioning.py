@@ -91,13 +91,34 @@ def read_at(root: Path, revision: str, path: str) -> bytes:
     """
     if path == LOCK:
         return committed_lock(root, revision)
+    repository, inside = place_in_repository(root)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "file"
         try:
-            _dvc(root, "get", ".", path, "--rev", revision, "--out", str(target))
+            _dvc(root, "get", str(repository), str(inside / path), "--rev", revision, "--out", str(target))
         except UserError as error:
             raise UserError(f"{path} of {revision}: {error}; `dvc push` where it is, or `dvc fetch` here") from None
         return target.read_bytes()
+
+
+def place_in_repository(root: Path) -> tuple[Path, Path]:
+    """The git repository that a project belongs to, and the project's folder in it: `.` if it is all of it."""
+    inside = Path(git(root, "rev-parse", "--show-prefix").decode().rstrip("\n"))
+    return Path(*root.resolve().parts[: -len(inside.parts) or None]), inside
+
+
+def commit_of(root: Path, revision: str) -> str:
+    """The commit that a git revision names.
+
+    Raises:
+        UserError: there is no such revision.
+    """
+    commit = git(root, "rev-parse", "--verify", f"{revision}^{{commit}}").decode().strip()
+    if not commit:
+        raise UserError(
+            f"{revision}: no git revision of {root}; expected one, or models:/NAME@ALIAS or models:/NAME/VERSION"
+        )
+    return commit
 
 
 def committed_lock(root: Path, revision: str) -> bytes:
@@ -106,22 +127,37 @@ def committed_lock(root: Path, revision: str) -> bytes:
     Raises:
         UserError: there is no such revision, or no dvc.lock in it.
     """
-    if not git(root, "rev-parse", "--verify", f"{revision}^{{commit}}"):
-        raise UserError(
-            f"{revision}: no git revision of {root}; expected one, or models:/NAME@ALIAS or models:/NAME/VERSION"
-        )
-    lock = git(root, "show", f"{revision}:{LOCK}")
+    commit_of(root, revision)
+    lock = git(root, "show", f"{revision}:./{LOCK}")  # a project may be a folder of its repository
     if not lock:
         raise UserError(f"{revision}: has no {LOCK}; commit it after a run (`git add {LOCK} && git commit`)")
     return lock
 
 
-def cached_files(root: Path, md5: str) -> dict[str, str]:
-    """The files of an out by their md5, from DVC's cache: one, named "", or a folder's; none if it is not there."""
+def files_of(root: Path, md5: str) -> dict[str, str]:
+    """The files of an out by their md5: one, named "", or a folder's, from DVC's cache or its remote; else none."""
     if not md5.endswith(".dir"):
         return {"": md5}
     path = Path(_dvc(root, "cache", "dir").strip()) / "files/md5" / md5[:2] / md5[2:]
-    return {file["relpath"]: file["md5"] for file in json.loads(path.read_bytes())} if path.exists() else {}
+    listed = path.read_bytes() if path.exists() else _listed_by_remote(root, md5)
+    return {file["relpath"]: file["md5"] for file in json.loads(listed)}
+
+
+def _listed_by_remote(root: Path, md5: str) -> bytes:
+    """The list of a folder's files alone: `dvc fetch` would bring the files, and knows folders by revision only."""
+    done = subprocess.run([sys.executable, "-c", _LIST, md5], cwd=root, capture_output=True)
+    return b"[]" if done.returncode else done.stdout  # no remote, or it has none
+
+
+_LIST = """
+import json, sys
+from dvc.repo import Repo
+from dvc_data.hashfile.hash_info import HashInfo
+from dvc_data.hashfile.tree import Tree
+
+tree = Tree.load(Repo().cloud.get_remote_odb(), HashInfo("md5", sys.argv[1]))
+print(json.dumps(tree.as_list()))
+"""
 
 
 def pull_sources(root: Path, origin: Path) -> None:

@@ -163,7 +163,7 @@ def test_a_version_leads_back(project: Project, registered: Any) -> None:
     arguments = registered
     client, run = project.tracker.client, arguments["tracking"].run_id
     version = client.get_model_version("rlhf-actor", "1")
-    assert version.tags == {"actor_digest": "digest-1", "git.commit": "abc"}
+    assert version.tags == {"actor_digest": "digest-1", "git.commit": "abc", "gate": "passed"}
     assert version.run_id == run
     outputs = client.get_run(run).outputs
     assert outputs is not None
@@ -201,6 +201,27 @@ def test_champion_moves_through_the_gate_only(project: Project, registered: Any)
     assert registry.settle(**(worse | {"register_": first["register_"]})).moved
     assert registry.champion(name, uri) == 2
     assert registry.promote(name, 1, uri, project.root / "locks" / "registry") == 2
+
+
+def test_a_version_that_is_not_there_is_told_from_those_that_are(project: Project) -> None:
+    """Why no version is champion, too: the gate's verdict is a tag, which follows the rules."""
+    name, uri = "failing", project.tracker.uri
+    first, second = project.arguments("a", name, max_kl=5.0), project.arguments("b", name, max_kl=5.0, min_gain=1.0)
+    registry.settle(**first)
+    registry.settle(**second)
+    told = "2 (@challenger, gate failed: gain 0.5, limit 1; kl 6, limit 5), 1 (gate failed: kl 6, limit 5)"
+    for asked, missing in (("@champion", "alias champion"), ("/7", "version 7")):
+        with pytest.raises(UserError) as caught:
+            registry.find_registered(f"models:/{name}{asked}", uri)
+        assert str(caught.value) == (
+            f"models:/{name}{asked}: {name} has no {missing} in the MLflow registry, "
+            f"expected one of its versions: {told}"
+        )
+    registry.settle(**(first | {"register_": config.Register(name=name)}))
+    assert registry.find_registered(f"models:/{name}@champion", uri).version == 1
+    assert project.tracker.client.get_model_version(name, "1").tags["gate"] == "passed"
+    with pytest.raises(UserError, match="the MLflow registry has no versions of nothing; `rlhf run` registers one"):
+        registry.find_registered("models:/nothing@champion", uri)
 
 
 def test_rules_at_their_limits() -> None:

@@ -58,13 +58,22 @@ def test_a_checkout_and_a_revision_tell_the_same(copy_of: Project) -> None:
     commit(copy_of, "dvc.lock")
     there = told(copy_of, "HEAD")
     for name in STAGES:
-        assert there["stages"][name] == {k: here["stages"][name][k] for k in ("key", "identity", "dvc")}
+        assert {k: there["stages"][name][k] for k in ("key", "identity", "dvc")} == {
+            k: here["stages"][name][k] for k in ("key", "identity", "dvc")
+        }
+        assert len(there["stages"][name]["runs"]["MLflow"]) == 32
+        assert there["stages"][name]["runs"]["Prefect"]
+    assert len(there["git"]["commit"]) == 40
+    assert there["environment"]["torch"].startswith("2.13")
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("models:/rlhf-actor@nobody", "models:/rlhf-actor@nobody: the MLflow registry has no such version"),
+        (
+            "models:/rlhf-actor@nobody",
+            "models:/rlhf-actor@nobody: rlhf-actor has no alias nobody in the MLflow registry",
+        ),
         ("models:/rlhf-actor", "models:/rlhf-actor: expected models:/NAME@ALIAS or models:/NAME/VERSION"),
         ("nowhere", "nowhere: no git revision of"),
     ],

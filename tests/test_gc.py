@@ -1,0 +1,69 @@
+"""What `rlhf gc` offers, in a project whose entries are stand-ins."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+
+from rlhf_tasks import chain, engine, gc
+from rlhf_tasks.engine import Job, Workspace
+from rlhf_tasks.stages import STAGES
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def store(workspace: Workspace, *jobs: Job) -> None:
+    for job in jobs:
+        with workspace.store.writing(job.key) as out:
+            (out / "metrics.json").write_text("{}")
+            workspace.store.commit(job.key, out, job.identity, metrics={}, series=[], perf={})
+
+
+def offered(workspace: Workspace) -> set[str]:
+    return {item.folder.name for item in gc.unneeded(workspace)}
+
+
+def foreign(job: Job, **changes: Any) -> Job:
+    """The same stage's job of something else."""
+    return Job.of(job.identity | {"code": {"other.py": "0"}} | changes)
+
+
+def test_what_the_next_run_looks_for_stays(sketch: Workspace) -> None:
+    sft = engine.plan(sketch, STAGES["sft"])
+    store(sketch, sft, foreign(sft), *chain.plan(sketch))
+    assert offered(sketch) == {foreign(sft).key}
+    assert not (sketch.root / "mlflow.db").exists(), "asking makes no database"
+
+
+def test_what_cannot_be_planned_now_stays(sketch: Workspace) -> None:
+    """Without the Reward nobody knows the keys of PPO's iterations; SFT's are known."""
+    sft, iterations = engine.plan(sketch, STAGES["sft"]), chain.plan(sketch)
+    store(sketch, foreign(sft), foreign(engine.plan(sketch, STAGES["ppo"])), *iterations)
+    sketch.store.partial("0" * 64).mkdir()
+    shutil.rmtree(sketch.root / "checkpoints/reward")
+    assert offered(sketch) == {foreign(sft).key}
+
+
+def test_what_another_process_works_on_stays(sketch: Workspace) -> None:
+    """Whoever goes on with a chain holds its first iteration's lock; one who came late keeps it too."""
+    sft, (one, *_) = foreign(engine.plan(sketch, STAGES["sft"])), chain.plan(sketch)
+    first = foreign(one)
+    second = foreign(one, iteration=2, parent=first.key)
+    store(sketch, sft, first, second)
+    sketch.store.partial("0" * 64).mkdir()
+    everything = {sft.key, first.key, second.key, "0" * 64}
+    found = gc.unneeded(sketch)
+    assert {item.folder.name for item in found} == everything
+    for held, kept in ((first.key, {first.key, second.key}), ("0" * 64, {"0" * 64})):
+        with sketch.store.lock(held):
+            assert offered(sketch) == everything - kept
+    with sketch.store.lock(first.key):
+        gc.delete(sketch, found)
+        assert {entry.manifest["key"] for entry in sketch.store.entries()} == {first.key, second.key}
+    gc.delete(sketch, found)
+    assert offered(sketch) == set()
