@@ -162,6 +162,15 @@ never sees. *At equal length*: both answers to a prompt, less EOS, cut to the sh
 Brackets: 95 % intervals over prompts or pairs taken as independent (a text may be in several pairs).
 """
 
+READING = """
+What this says: by its own Reward the Actor gains more than a standard deviation. Best of 16 from SFT gains more still
+(+1.45 against +1.21) at less KL, for 16 answers each; by the rules that nobody trained on, the Actor's one answer is the
+better one (+0.250 against +0.155). The Reward is no better judge of these short texts than a bag of words; both are
+better than VADER. Without β the score is highest and the answers collapse (47 nats, distinct bigrams 0.16), as Ziegler
+et al. 2019 saw; without the steering of length they shrink by a fifth. The other ablations are one seed each and differ
+by no more than the seeds do among themselves.
+"""
+
 ROWS = {
     "score gain, sd": ("score_gain", "+.2f"),
     "score gain at equal length, sd": ("equal_length_score_gain", "+.2f"),
@@ -190,7 +199,7 @@ def render(seeds: dict[int, Metrics], base: dict[int, dict[str, Any]], ablated: 
     parts = [_seeds(seeds), _pairs(seeds, base), _best_of(seeds, base)]
     parts += [_ablations(seeds, ablated)] if ablated else []
     prompts = f"{seeds[0]['evaluate']['prompts']:.0f}"
-    return HEAD.replace("{prompts}", prompts) + "".join("\n" + "\n".join(lines) + "\n" for lines in parts)
+    return HEAD.replace("{prompts}", prompts) + READING + "".join("\n" + "\n".join(lines) + "\n" for lines in parts)
 
 
 def _table(head: list[str], rows: Iterable[Iterable[str]]) -> list[str]:

@@ -10,8 +10,9 @@ import importlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from rlhf_tasks import engine
@@ -27,8 +28,8 @@ STATE = {"actor", "critic", "actor_optimizer.safetensors", "critic_optimizer.saf
 SAVING_SHARE = 0.05  # of the time, with `saving.iterations_per_task: auto`
 
 
-def plan(workspace: Workspace) -> list[Job]:
-    """The jobs of all iterations, in order.
+def plan(workspace: Workspace, coming: Mapping[str, str] = MappingProxyType({})) -> list[Job]:
+    """The jobs of all iterations, in order; `coming` as in `engine.plan`.
 
     Raises:
         UserError: an input is missing; the message says which stage makes it.
@@ -36,7 +37,7 @@ def plan(workspace: Workspace) -> list[Job]:
     stage, jobs = STAGES["ppo"], list[Job]()
     settings = engine.parameters(workspace.params, stage)
     settings["ppo"] = {name: value for name, value in settings["ppo"].items() if name != "iterations"}
-    shared = engine.identity(workspace, stage, settings)
+    shared = engine.identity(workspace, stage, settings, coming)
     for iteration in range(1, workspace.params.ppo.iterations + 1):
         parent = jobs[-1].key if jobs else None
         jobs.append(Job.of(shared | {"stage": ITERATION, "iteration": iteration, "parent": parent}))

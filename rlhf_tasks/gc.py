@@ -22,7 +22,7 @@ from rlhf_tasks.lineage import locked_outs
 from rlhf_tasks.origins import keys_of_versions
 from rlhf_tasks.source import LOCK, git, git_or_fail, is_repository
 from rlhf_tasks.stages import LINEAGE, STAGES
-from rlhf_tasks.store import Entry, Store
+from rlhf_tasks.store import Entry, Store, open_lock
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def unneeded(workspace: Workspace) -> list[Unneeded]:
     parents = {entry.manifest["key"]: entry.manifest["identity"].get("parent") for entry in entries}
 
     def needed(entry: Entry) -> bool:
-        ours = entry.manifest["key"] in own | versions or entry.manifest["identity"]["stage"] in unknown
-        return ours or _lineage_md5(entry) in locked
+        ours = {entry.manifest["key"], entry.answers} & (own | versions)
+        return bool(ours) or entry.manifest["identity"]["stage"] in unknown or _lineage_md5(entry) in locked
 
     found = [
         Unneeded(_named(entry), entry.folder, _first(entry.manifest["key"], parents))
@@ -85,7 +85,7 @@ def delete(workspace: Workspace, what: list[Unneeded]) -> None:
 @contextlib.contextmanager
 def _lock_if_free(store: Store, key: str) -> Iterator[bool]:
     """Hold the lock of a key unless another process does. Yields whether it is held here."""
-    with (store.root / "locks" / key).open("w") as file:
+    with open_lock(store.root / "locks" / key) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free = True
@@ -110,11 +110,14 @@ def _own_keys(workspace: Workspace) -> tuple[set[str], set[str]]:
     """Keys of what the next run in this checkout would look for, and stages (as in a manifest) whose keys only an
     earlier stage's result will tell.
     """
-    keys, unknown = set[str](), set[str]()
+    keys, unknown, coming = set[str](), set[str](), dict[str, str]()
     for stage in STAGES.values():
         try:
-            keys.add(engine.plan(workspace, stage).key)
-            keys |= {job.key for job in chain.plan(workspace)} if stage.name == "ppo" else set()
+            job = engine.plan(workspace, stage, coming)
+            keys.add(job.key)
+            keys |= {job.key for job in chain.plan(workspace, coming)} if stage.name == "ppo" else set()
+            if entry := engine.find(workspace, job):
+                coming |= {path: entry.parts[part] for part, path in stage.outs.items()}
         except UserError:  # an input is missing
             unknown |= {stage.name, chain.ITERATION} if stage.name == "ppo" else {stage.name}
     return keys, unknown

@@ -12,8 +12,7 @@ import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-
-from mlflow.entities import Run
+from typing import Any
 
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.lineage import Document, checked_document, instant
@@ -110,7 +109,7 @@ def add_makers(root: Path, document: Document) -> None:
         log.warning("%s; the runs that made it are not told", error)
 
 
-def _made_by(maker: Run) -> Document:
+def _made_by(maker: Any) -> Document:
     tags, info = maker.data.tags, maker.info
     facts: Document = {
         "runs": {"MLflow": info.run_id, "Prefect": tags.get("prefect.flow_run_id")},

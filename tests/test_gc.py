@@ -44,7 +44,7 @@ def test_what_cannot_be_planned_now_stays(sketch: Workspace) -> None:
     """Without the Reward nobody knows the keys of PPO's iterations; SFT's are known."""
     sft, iterations = engine.plan(sketch, STAGES["sft"]), chain.plan(sketch)
     store(sketch, foreign(sft), foreign(engine.plan(sketch, STAGES["ppo"])), *iterations)
-    sketch.store.partial("0" * 64).mkdir()
+    assert sketch.store.partial("0" * 64).is_dir()
     shutil.rmtree(sketch.root / "checkpoints/reward")
     assert offered(sketch) == {foreign(sft).key}
 
@@ -55,7 +55,7 @@ def test_what_another_process_works_on_stays(sketch: Workspace) -> None:
     first = foreign(one)
     second = foreign(one, iteration=2, parent=first.key)
     store(sketch, sft, first, second)
-    sketch.store.partial("0" * 64).mkdir()
+    assert sketch.store.partial("0" * 64).is_dir()
     everything = {sft.key, first.key, second.key, "0" * 64}
     found = gc.unneeded(sketch)
     assert {item.folder.name for item in found} == everything
