@@ -164,7 +164,7 @@ Brackets: 95 % intervals over prompts or pairs taken as independent (a text may 
 
 READING = """
 What this says: by its own Reward the Actor gains more than a standard deviation. Best of 16 from SFT gains more still
-(+1.45 against +1.21) at less KL, for 16 answers each; by the rules that nobody trained on, the Actor's one answer is the
+(+1.45 against +1.21) at less KL, for 16 answers each; by rules that nobody trained on, the Actor's one answer is the
 better one (+0.250 against +0.155). The Reward is no better judge of these short texts than a bag of words; both are
 better than VADER. Without β the score is highest and the answers collapse (47 nats, distinct bigrams 0.16), as Ziegler
 et al. 2019 saw; without the steering of length they shrink by a fifth. The other ablations are one seed each and differ
