@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import tempfile
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_tasks.errors import UserError
+
+log = logging.getLogger(__name__)
 
 LOCK = "dvc.lock"  # a run's result, not its source
 
@@ -42,10 +45,16 @@ class Source:
 def source_of(root: Path) -> Source:
     """The checkout at `root` as it is now; dvc.lock does not count.
 
+    A repository that git does not read, as it belongs to another user, stops nobody from training; that is said.
+
     Raises:
         UserError: git cannot say what was changed.
     """
-    commit = _commit(root)
+    try:
+        commit = _commit(root)
+    except UserError as error:
+        log.warning("%s; the run records no commit", error)
+        return Source("", b"")
     return Source(commit, _patch(root) if commit else b"")
 
 

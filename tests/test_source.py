@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.source import Source, source_of
+from rlhf_tasks.source import Source, is_repository, source_of
 
 SPOILERS = {
     "diff.external": "true",
@@ -142,10 +142,12 @@ def test_without_git_there_is_no_source(root: Path, monkeypatch: pytest.MonkeyPa
     assert source_of(root) == Source("", b"")
 
 
-def test_what_git_cannot_do_is_a_sentence(root: Path) -> None:
+def test_what_git_cannot_do_is_a_sentence(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     (root / ".git/objects" / git(root, "rev-parse", "HEAD^{tree}")[:2]).rename(root / "lost")
     with pytest.raises(UserError, match=r"`git read-tree` failed \(.+\); mend that"):
         source_of(root)
     (root / ".git/config").write_text("no configuration")
     with pytest.raises(UserError, match=r"`git rev-parse` failed .*bad config"):
-        source_of(root)
+        is_repository(root)
+    assert source_of(root) == Source("", b"")
+    assert "the run records no commit" in caplog.text
