@@ -43,12 +43,14 @@ def make_report(root: Path, examples: int, until: str) -> Report:
             verdict = "passed" if outcome["passed"] else "FAILED"
             notes.append(f"gate: {rule} {verdict} (found {outcome['found']:.3f}, limit {outcome['limit']:.3f})")
     elif evaluation:
-        notes.append("The Actor was not judged: `rlhf run` goes on with register.")
+        notes.append("The gate is the next stage's: `rlhf run` goes on with register.")
     return Report(tables, notes)
 
 
 def headline(stage: str, metrics: dict[str, float]) -> str:
     """The one or two numbers that say how a stage went."""
+    if stage == "register" and "gate/passed" in metrics:
+        return "the gate passed" if metrics["gate/passed"] else "the gate FAILED, so it is not promoted"
     forms = {
         "prepare": "{sft_train:.0f} SFT rows, {pairs_train:.0f} pairs, {prompts_train:.0f} prompts to train on",
         "sft": "held-out perplexity {heldout_perplexity:.1f} a token",

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rlhf_tasks import config, registry
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.registry import Outcome, Settled, TrackingContext
+from rlhf_tasks.report import headline
 from rlhf_tasks.store import digest_path
 from rlhf_tasks.tracking import Tracker
 
@@ -252,3 +253,9 @@ def test_the_champion_generates_in_a_fresh_process(project: Project, registered:
         [sys.executable, "-c", USES], cwd=project.root, env=os.environ | QUIET, capture_output=True, text=True
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "generated\n", "")
+
+
+@pytest.mark.parametrize(("passed", "said"), [(1.0, "the gate passed"), (0.0, "the gate FAILED")])
+def test_the_verdict_is_in_the_stages_line(passed: float, said: str) -> None:
+    assert said in headline("register", {"gate/passed": passed})
+    assert headline("register", {}) == "", "adopted: its metrics hold other numbers"
