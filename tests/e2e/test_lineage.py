@@ -86,6 +86,7 @@ def test_what_is_not_there_is_a_sentence(finished: Project, name: str, sentence:
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_version_of_a_changed_checkout_is_made_again_from_its_patch(copy_of: Project, tmp_path: Path) -> None:
     """params.yaml changed, a reward function that git does not know; then the checkout moves on."""
     (copy_of.root / "mine.py").write_text(
@@ -106,6 +107,7 @@ def test_a_version_of_a_changed_checkout_is_made_again_from_its_patch(copy_of: P
     assert (tmp_path / "again/mine.py").exists()
 
 
+@pytest.mark.slow
 def test_a_revision_that_comes_out_different_is_told(copy_of: Project, tmp_path: Path) -> None:
     """From a clone that shares only git and DVC's remote; the lock says of SFT what it is not."""
     copy_of.dvc("remote", "add", "-d", "storage", str(tmp_path / "remote"))
