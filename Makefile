@@ -9,10 +9,10 @@ run: .venv/installed
 	rlhf run
 
 test: .venv/installed lint
-	python -m pytest -n 2 --dist worksteal
+	python -m pytest -n 2 --dist worksteal --durations 15
 
 test-slow: .venv/installed
-	python -m pytest -n 2 --dist worksteal -m slow
+	python -m pytest -n 2 --dist worksteal --durations 15 -m slow
 
 lint: .venv/installed
 	ruff check .

@@ -29,6 +29,7 @@ def ran(output: str) -> list[str]:
     return re.findall(r"Running stage '(\w+)'", output)
 
 
+@pytest.mark.slow
 def test_force_does_the_work_again_and_gets_the_same(copy_of: Project) -> None:
     before = copy_of.lock()
     done = copy_of.dvc("repro", "--force", "sft")
