@@ -411,9 +411,9 @@ def adoptable(workspace: Workspace, job: Job) -> bool:
 
 
 def adopt(workspace: Workspace, job: Job) -> Entry | None:
-    """Make the workspace's outs of a stage, which DVC vouches for, an entry of the store: as in a clone that pulled.
+    """Make the workspace's outs of a stage, which DVC vouches for, an entry of the store, as in a clone that pulled.
 
-    Its key is that of what it was made of, which may be another machine's; here, and only here, it answers the job.
+    Its key is that of what it was made of, which may be another machine's; it answers this job beside it, and says so.
     """
     stage, store = STAGES[job.stage], workspace.store
     if not adoptable(workspace, job):

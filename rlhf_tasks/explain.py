@@ -110,8 +110,7 @@ def compare(entry: Entry, job: Job) -> tuple[Change, ...]:
     before, changes = entry.manifest["identity"], list[Change]()
     for part in PARTS:
         old, new = flat(before[part]), flat(job.identity[part])
-        names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-        changes += [Change(part, name, old.get(name), new.get(name)) for name in names]
+        changes += [Change(part, n, old.get(n), new.get(n)) for n in sorted(engine.differing(old, new))]
     return tuple(changes)
 
 

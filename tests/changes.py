@@ -26,7 +26,3 @@ def flip_bit(path: Path, at: int = -1) -> None:
 
 def stage_keys(workspace: Workspace) -> dict[str, str]:
     return {name: engine.plan(workspace, stage).key for name, stage in STAGES.items()}
-
-
-def differing(before: dict[str, str], after: dict[str, str]) -> set[str]:
-    return {name for name in before if before[name] != after[name]}

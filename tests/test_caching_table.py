@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from changes import differing, stage_keys, with_params
+from changes import stage_keys, with_params
 
 from rlhf_tasks import engine
 from rlhf_tasks.closure import import_closure
@@ -56,7 +56,7 @@ def test_the_table_has_every_group_of_parameters() -> None:
 @pytest.mark.parametrize("group", CHANGES)
 def test_a_group_of_parameters(sketch: Workspace, group: str) -> None:
     before = stage_keys(sketch)
-    assert differing(before, stage_keys(with_params(sketch, CHANGES[group]))) == PARAMETERS[group]
+    assert engine.differing(before, stage_keys(with_params(sketch, CHANGES[group]))) == PARAMETERS[group]
 
 
 def test_every_module() -> None:
@@ -81,7 +81,7 @@ def test_every_library(sketch: Workspace, monkeypatch: pytest.MonkeyPatch) -> No
         with monkeypatch.context() as installed:
             installed.setattr(engine, "version", lambda name, new=library: "0" if name == new else version(name))
             engine._environment.cache_clear()
-            assert differing(before, stage_keys(sketch)) == stages, library
+            assert engine.differing(before, stage_keys(sketch)) == stages, library
     engine._environment.cache_clear()
 
 
@@ -99,4 +99,4 @@ def test_files_from_outside(sketch: Workspace, write_model: Callable[[Path], Non
         before = stage_keys(project)
         with (root / file).open("a") as text:
             text.write("\n")
-        assert differing(before, stage_keys(project)) == TABLE[change], change
+        assert engine.differing(before, stage_keys(project)) == TABLE[change], change

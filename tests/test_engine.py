@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from changes import differing, flip_bit, stage_keys, with_params
+from changes import flip_bit, stage_keys, with_params
 
 from rlhf_tasks import engine, training
 from rlhf_tasks.engine import Recorder, Workspace
@@ -39,7 +39,7 @@ def test_a_parameter_changes_the_keys_of_the_stages_that_read_it(
 ) -> None:
     """The table of all groups of parameters is docs/caching.md's (test_caching_table.py)."""
     before = stage_keys(sketch)
-    assert differing(before, stage_keys(with_params(sketch, assignment))) == stages
+    assert engine.differing(before, stage_keys(with_params(sketch, assignment))) == stages
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_parameter_changes_the_keys_of_the_stages_that_read_it(
 def test_an_input_changes_the_keys_of_the_stages_that_read_it(sketch: Workspace, path: str, stages: set[str]) -> None:
     before = stage_keys(sketch)
     (sketch.root / path).write_text("changed")
-    assert differing(before, stage_keys(sketch)) == stages
+    assert engine.differing(before, stage_keys(sketch)) == stages
 
 
 def test_keys_do_not_depend_on_the_place(sketch: Workspace, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_another_gpu_or_cuda_version_is_another_environment(sketch: Workspace, m
         found.append(stage_keys(with_params(sketch, "runtime.device=cuda")))
     engine._environment.cache_clear()
     trained = {"sft", "reward", "ppo", "evaluate"}
-    assert differing(found[0], found[1]) == differing(found[1], found[2]) == trained
+    assert engine.differing(found[0], found[1]) == engine.differing(found[1], found[2]) == trained
 
 
 def test_a_missing_input_names_the_stage_that_makes_it(workspace: Make) -> None:
@@ -351,7 +351,7 @@ def test_what_chooses_instructions_is_in_the_key(sketch: Workspace, monkeypatch:
     after = stage_keys(sketch)
     monkeypatch.delenv("ATEN_CPU_CAPABILITY")
     engine._environment.cache_clear()
-    assert differing(before, after) == {"sft", "reward", "ppo", "evaluate"}
+    assert engine.differing(before, after) == {"sft", "reward", "ppo", "evaluate"}
 
 
 def test_back_to_an_earlier_value_nothing_is_to_do(workspace: Make, run_stages: Run) -> None:

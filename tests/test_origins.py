@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,7 @@ LOCKED = "stages:\n  sft:\n    outs:\n    - path: lineage/sft.json\n      md5: a
 CONFLICT = f"<<<<<<< HEAD\n{LOCKED}=======\n{LOCKED}>>>>>>> other\n"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def environment() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
-            patch.delenv(name, raising=False)
-        yield
+pytestmark = pytest.mark.usefixtures("own_mlflow")
 
 
 @pytest.fixture(scope="module")

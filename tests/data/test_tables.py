@@ -137,5 +137,4 @@ def test_any_damage_is_a_sentence_or_a_whole_table(tmp_path_factory, data):
         table = read_table(path)
     except UserError:
         return
-    table.validate(full=True)
-    table.to_pylist()
+    assert len(table.to_pylist()) == table.num_rows
