@@ -100,10 +100,13 @@ def status() -> None:
 
 
 @app.command()
-def why(name: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {STAGE_NAMES}.")]) -> None:
+def why(
+    name: Annotated[str, typer.Argument(metavar="[STAGE]", help=f"One of {STAGE_NAMES}, or nothing: all.")] = "",
+) -> None:
     """Say why a stage would run again: what of its inputs changed since its last result, from what to what."""
     root = Path.cwd()
-    stages_between(name, name)
+    if name:
+        stages_between(name, name)
     params = load_params(root / "params.yaml")
     from flows.status import say_why
 

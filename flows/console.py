@@ -57,6 +57,8 @@ class Bar:
     def __call__(self, done: int, total: int, values: dict[str, float]) -> None:
         if self._first is None:
             self._first, self._started = done, time.monotonic()
+            if values and done > 1:
+                say_resumed(self.stage, "step", done - 1, total)
         text = "  ".join(form.format(values[name]) for name, form in SHOWN.items() if name in values)
         self._bar.update(self._task, completed=done, total=total, values=text)
         now = time.monotonic()
@@ -65,6 +67,11 @@ class Bar:
             took = now - self._started  # since the first step that was seen, which says nothing of its own
             left = f"  {took / (done - self._first) * (total - done):.0f} s left" if done > self._first else ""
             console.print(f"  {self.stage:9} {done}/{total}  {text}{left}", soft_wrap=True)
+
+
+def say_resumed(stage: str, unit: str, done: int, total: int) -> None:
+    """That work goes on where an earlier run left it."""
+    console.print(f"  {stage:9} going on after {unit} {done} of {total}", soft_wrap=True)
 
 
 def say_stage(stage: str, how: str, seconds: float, headline: str) -> None:

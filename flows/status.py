@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.console import console
-from rlhf_tasks.config import Params
+from rlhf_tasks.config import Params, as_yaml
 from rlhf_tasks.engine import Workspace
 from rlhf_tasks.explain import Change, Standing, standings, when
 from rlhf_tasks.report import headline
@@ -30,8 +30,12 @@ def say_status(root: Path, params: Params) -> None:
 
 
 def say_why(root: Path, params: Params, name: str) -> None:
-    """Print what a stage, and those before it that have to run first, have to run for."""
+    """Print what a stage, and those before it that have to run first, have to run for; without a name, every stage."""
     found = _standings(root, params)
+    if not name:
+        for standing in found:
+            _say(standing)
+        return
     wanted = next(i for i, standing in enumerate(found) if standing.stage.name == name)
     if found[wanted].done:
         _say(found[wanted])
@@ -47,23 +51,24 @@ def say_unneeded(root: Path, params: Params, *, delete: bool) -> None:
 
     workspace = Workspace(root, params)
     found = gc.unneeded(workspace)
+    if not found:
+        console.print("nothing: all that is stored is needed")
+        return
     table = Table(show_edge=False, pad_edge=False)
     for column in ("what", "entries", "frees"):
         table.add_column(column)
     counted: dict[str, list[int]] = {}
     for item in found:
-        counted.setdefault(item.what.split(" ")[0], []).append(item.size)
-    for what, sizes in counted.items():
-        table.add_row(what, str(len(sizes)), _megabytes(sum(sizes)))
-    if found:
-        console.print(table)
-    total = _megabytes(sum(sum(sizes) for sizes in counted.values()))
-    if not found:
-        console.print("nothing: all that is stored is needed")
-    elif delete:
-        gc.delete(workspace, found)
-        console.print(f"deleted: {total}")
+        counted.setdefault(item.what.split(" ")[0], []).append(item.frees)
+    for what, frees in counted.items():
+        table.add_row(what, str(len(frees)), _megabytes(sum(frees)))
+    console.print(table)
+    if delete:
+        gone = gc.delete(workspace, found)
+        busy = f"; {len(found) - len(gone)} are being worked on" if len(gone) < len(found) else ""
+        console.print(f"deleted: {_megabytes(sum(item.frees for item in gone))}{busy}")
     else:
+        total = _megabytes(sum(item.frees for item in found))
         console.print(f"`rlhf gc --yes` frees {total} of {workspace.store.root}", soft_wrap=True)
 
 
@@ -112,4 +117,4 @@ def _values(change: Change) -> tuple[str, str]:
 def _shown(part: str, value: Any) -> str:
     if value is None:
         return "none"
-    return str(value)[:12] if part in ("inputs", "code") else str(value)
+    return str(value)[:12] if part in ("inputs", "code") else as_yaml(value)

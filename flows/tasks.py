@@ -16,6 +16,7 @@ from prefect import task
 from prefect.states import Completed
 
 from flows.artifacts import Progress
+from flows.console import say_resumed
 from flows.record import StageRecord
 from rlhf_tasks import chain, engine
 from rlhf_tasks.engine import Job, Workspace
@@ -54,6 +55,8 @@ def run_stage(workspace: Workspace, job: Job, record: StageRecord, orders: Order
 def run_ppo(workspace: Workspace, job: Job, record: StageRecord, orders: Orders) -> Entry:
     """The ppo stage: tasks of one or more iterations, each from the state that its parent left, and one to end it."""
     done, total = chain.usable(chain.known(workspace)), workspace.params.ppo.iterations
+    if 0 < len(done) < total:
+        say_resumed(job.stage, "iteration", len(done), total)
     with Progress("ppo") as progress:
 
         def show(entry: Entry) -> None:

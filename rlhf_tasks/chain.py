@@ -131,8 +131,13 @@ def advance(workspace: Workspace, done: list[Entry], watch: Callable[[Entry], No
 def finish(workspace: Workspace, job: Job, iterations: list[Entry]) -> Entry:
     """Make the ppo stage's result of its last iteration's state and everybody's curve."""
     stage, store = STAGES["ppo"], workspace.store
-    last = iterations[-1]
-    with store.lock(job.key), engine.nothing_changes(workspace, stage, job) as check, store.writing(job.key) as out:
+    first, last = iterations[0].manifest["key"], iterations[-1]
+    with (
+        store.lock(job.key),
+        store.lock(first),  # nobody, `rlhf gc` of another clone say, takes the state away while it is read
+        engine.nothing_changes(workspace, stage, job) as check,
+        store.writing(job.key) as out,
+    ):
         last.verify()
         run = importlib.import_module(stage.module).run
         metrics = run(

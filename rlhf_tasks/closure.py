@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 from rlhf_tasks.errors import UserError
@@ -43,6 +45,23 @@ def installed_closure(module: str) -> dict[str, Path]:
     home = Path(spec.origin).parent.parent if spec.submodule_search_locations else Path(spec.origin).parent
     top = module.partition(".")[0]
     return {name: home / name for name in _closure(module, home) if Path(name).parts[0].removesuffix(".py") == top}
+
+
+def libraries_of(module: str, root: Path) -> dict[str, str]:
+    """The versions of the installed libraries that a user's module, or what it imports of the project, imports."""
+    files = [root / name for name in user_closure(module, root)] or list(installed_closure(module).values())
+    nodes = [node for path in files for node in _running_nodes(_parse(path, path.parent))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    tops = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {PACKAGE}
+    makers = _distributions() if tops else {}
+    return {distribution: version(distribution) for top in sorted(tops) for distribution in makers.get(top, ())}
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """The installed distributions by the modules that they bring; reading all their records takes a second."""
+    return packages_distributions()
 
 
 def _closure(module: str, root: Path) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import io
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -376,7 +377,7 @@ def set_params(
         if not isinstance(node, dict):
             raise UserError(f"{path.name}: cannot set `{key}`, which is inside a plain value; expected a section's key")
         if parts[-1] not in node or node[parts[-1]] != value:
-            changes.append(f"{key}: {node.get(parts[-1])} -> {value}")
+            changes.append(f"{key}: {as_yaml(node.get(parts[-1]))} -> {as_yaml(value)}")
         node[parts[-1]] = value
     check(parse_params(document, path.name))
     if changes:
@@ -389,6 +390,11 @@ def set_params(
         temporary.write_text(buffer.getvalue())
         temporary.replace(path)
     return changes
+
+
+def as_yaml(value: Any) -> str:
+    """A value as params.yaml spells it, on one line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def flatten(params: Params) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rlhf_tasks.closure import PACKAGE, SOURCE_ROOT, import_closure, installed_closure, user_closure
+from rlhf_tasks.closure import PACKAGE, SOURCE_ROOT, import_closure, installed_closure, libraries_of, user_closure
 from rlhf_tasks.config import Params, load_params
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import LINEAGE, STAGES, Stage, producer
@@ -126,7 +126,7 @@ def identity(
         "parameters": settings,
         "inputs": _input_digests(workspace, stage, coming),
         "code": {file: _CODE[file] for file in import_closure(stage.module)} | _installed_code(workspace, stage),
-        "environment": _environment(stage, workspace.params.runtime.device),
+        "environment": _environment(stage, workspace.params.runtime.device) | _libraries_of_function(workspace, stage),
     }
 
 
@@ -140,25 +140,40 @@ def external_inputs(params: Params, root: Path, stage: Stage) -> list[str]:
     """Files and folders from outside the pipeline that a stage reads, as params.yaml names them."""
     sources = [source.path for source in params.data.sources if source.path] if stage.name == "prepare" else []
     base = [params.model.base] if stage.name in ("prepare", "sft") and params.model.base != "scratch" else []
-    function = params.reward_function.name if "reward_function" in stage.sections else None
-    return sources + base + list(user_closure(function.partition(":")[0], root.resolve()) if function else ())
+    module = _function_module(params, stage)
+    return sources + base + list(user_closure(module, root.resolve()) if module else ())
 
 
 def check_sources(params: Params, root: Path, stages: list[Stage]) -> None:
-    """Look at what comes from outside before anything else does: DVC, say, would wait for ever at a pipe.
+    """Look at what comes from outside these stages before anything else does: DVC, say, would wait for ever at a pipe.
 
     Raises:
-        UserError: a file or folder that params.yaml names is missing, or is neither.
+        UserError: a file or folder that params.yaml names, or that an earlier stage should have made, is missing, or is
+            neither.
     """
+    made = {path for stage in stages for path in stage.outs.values()}
     for stage in stages:
         for path in external_inputs(params, root, stage):
             _digest_input(root, path, stage)
+        for path in stage.inputs.values():
+            if path not in made and not (root / path).exists():
+                raise _missing(path, stage)
+
+
+def _function_module(params: Params, stage: Stage) -> str:
+    """The module of the reward function that a stage calls; empty if it calls none."""
+    function = params.reward_function.name if "reward_function" in stage.sections else None
+    return function.partition(":")[0] if function else ""
+
+
+def _libraries_of_function(workspace: Workspace, stage: Stage) -> dict[str, str]:
+    module = _function_module(workspace.params, stage)
+    return libraries_of(module, workspace.root.resolve()) if module else {}
 
 
 def _installed_code(workspace: Workspace, stage: Stage) -> dict[str, str]:
     """Digests of an installed reward function's sources; those of one in the project are inputs, as files are."""
-    function = workspace.params.reward_function.name if "reward_function" in stage.sections else None
-    module = function.partition(":")[0] if function else ""
+    module = _function_module(workspace.params, stage)
     if not module or user_closure(module, workspace.root.resolve()):
         return {}
     return {f"installed: {name}": digest_file(path) for name, path in installed_closure(module).items()}
@@ -175,18 +190,22 @@ def _digest_input(root: Path, path: str, stage: Stage) -> str:
     try:
         return digest_path(root / path)
     except FileNotFoundError:
-        if path in stage.inputs.values():
-            maker = producer(path).name
-            remedy = f"it is made by the stage {maker}: run `rlhf run --from {maker}` or `dvc repro {stage.name}`"
-        else:
-            remedy = "correct the path in params.yaml or put the file there"
-        raise UserError(f"{path}: not found, but the stage {stage.name} reads it; {remedy}") from None
+        raise _missing(path, stage) from None
+
+
+def _missing(path: str, stage: Stage) -> UserError:
+    remedy = "correct the path in params.yaml or put the file there"
+    if path in stage.inputs.values():
+        maker = producer(path).name
+        remedy = f"it is made by the stage {maker}: run `rlhf run --from {maker}` or `dvc repro {stage.name}`"
+    return UserError(f"{path}: not found, but the stage {stage.name} reads it; {remedy}")
 
 
 @cache
 def _environment(stage: Stage, device: str) -> dict[str, Any]:
-    """What changes numbers beside code and parameters."""
-    facts: dict[str, Any] = {name: version(name) for name in stage.libraries}
+    """What changes numbers beside code and parameters. Python too: its `sum` of floats is another from 3.12 on."""
+    facts: dict[str, Any] = {"python": ".".join(platform.python_version_tuple()[:2])}
+    facts |= {name: version(name) for name in stage.libraries}
     if "runtime" in stage.sections:
         facts |= {"machine": platform.machine(), "simd": _simd(), "dtype": "float32"}
         facts |= {name: os.environ[name] for name in _SWITCHES if name in os.environ}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_tasks import chain, engine, versioning
+from rlhf_tasks.config import as_yaml
 from rlhf_tasks.engine import Job, Workspace
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import STAGES, Stage
@@ -121,7 +122,9 @@ def summary(last: Entry | None, changes: tuple[Change, ...]) -> str:
     if not changes:
         return "its result in the store is damaged or was pruned"
     told = [
-        change.name if change.part in ("inputs", "code") else f"{change.name} {change.before} -> {change.now}"
+        change.name
+        if change.part in ("inputs", "code")
+        else f"{change.name} {as_yaml(change.before)} -> {as_yaml(change.now)}"
         for change in changes[:SHOWN]
     ]
     more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""

@@ -31,17 +31,19 @@ class Unneeded:
 
     Attributes:
         lock: the key whose lock those hold who work on it.
+        frees: bytes that deleting it frees: not those of files that the workspace or DVC's cache link too.
     """
 
     what: str
     folder: Path
     lock: str
+    frees: int
 
-    @property
-    def size(self) -> int:
-        """Bytes that deleting it frees: not those of files that the workspace or DVC's cache link too."""
-        files = [path.lstat() for path in self.folder.rglob("*") if path.is_file()]
-        return sum(facts.st_size for facts in files if facts.st_nlink == 1)
+    @classmethod
+    def of(cls, what: str, folder: Path, lock: str) -> Unneeded:
+        """With the size that its folder has now."""
+        files = [path.lstat() for path in folder.rglob("*") if path.is_file()]
+        return cls(what, folder, lock, sum(facts.st_size for facts in files if facts.st_nlink == 1))
 
 
 def unneeded(workspace: Workspace) -> list[Unneeded]:
@@ -60,18 +62,19 @@ def unneeded(workspace: Workspace) -> list[Unneeded]:
         return bool(ours) or entry.manifest["identity"]["stage"] in unknown or _lineage_md5(entry) in locked
 
     found = [
-        Unneeded(_named(entry), entry.folder, _first(entry.manifest["key"], parents))
+        Unneeded.of(_named(entry), entry.folder, _first(entry.manifest["key"], parents))
         for entry in entries
         if not needed(entry)
     ]
     if not unknown:  # whose work is unfinished its folder does not say
         begun = [folder for folder in (workspace.store.root / "partial").iterdir() if folder.name not in own]
-        found += [Unneeded("unfinished work", folder, folder.name) for folder in begun]
+        found += [Unneeded.of("unfinished work", folder, folder.name) for folder in begun]
     return [item for item in found if _is_free(workspace.store, item.lock)]
 
 
-def delete(workspace: Workspace, what: list[Unneeded]) -> None:
-    """Delete it, entry by entry, but what somebody works on by now: a kill leaves whole ones."""
+def delete(workspace: Workspace, what: list[Unneeded]) -> list[Unneeded]:
+    """Delete it, entry by entry, but what somebody works on by now: a kill leaves whole ones. Returns what is gone."""
+    gone = []
     for item in what:
         with _lock_if_free(workspace.store, item.lock) as free:
             if not free:
@@ -80,6 +83,8 @@ def delete(workspace: Workspace, what: list[Unneeded]) -> None:
                 workspace.store.discard(item.folder.name)
             else:
                 shutil.rmtree(item.folder, ignore_errors=True)
+            gone.append(item)
+    return gone
 
 
 @contextlib.contextmanager

@@ -116,8 +116,9 @@ def experiment_name() -> str:
 
 
 def is_recorded(root: Path) -> bool:
-    """Whether there is a tracking server to ask, or the project's own database: a Tracker would make that."""
-    return tracking_uri(root) != _default_uri(root) or (root / "mlflow.db").exists()
+    """Whether there is a tracking server to ask, or a database file: a Tracker would make that."""
+    scheme, _, path = tracking_uri(root).partition(":///")
+    return scheme != "sqlite" or Path(path).exists()
 
 
 class Tracker:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SAVE_EVERY_SECONDS = 30
+SAVING_SHARE = 0.05  # of the time, at most, once it is known what a save takes
 ADAM_EPS = 1e-5
 BATCHES_A_WINDOW = 50
 
@@ -73,7 +74,8 @@ def fit(
         for batch in shuffled_batches(lengths, settings.batch_tokens, (*seed_names, "order", epoch))
     ]
     base_rates = [group["lr"] for group in optimizer.param_groups]
-    step, saved_at = load_training_state(partial, model, optimizer), time.monotonic()
+    step, saves = load_training_state(partial, model, optimizer), list[float]()
+    started = saved_at = time.monotonic()
     while step < len(plan):
         for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = rate * warmup_and_decay(step, len(plan), settings.warmup_fraction)
@@ -88,9 +90,24 @@ def fit(
         step += 1
         values = {"loss": result.loss.item(), **result.shown, "grad_norm": norm.item(), "epoch": epoch + 1}
         progress(done=step, total=len(plan), **values, learning_rate=optimizer.param_groups[0]["lr"])
-        if time.monotonic() - saved_at > SAVE_EVERY_SECONDS and step < len(plan):
+        now = time.monotonic()
+        if step < len(plan) and now >= next_save(started, saved_at, saves):
             save_training_state(partial, model, optimizer, step)
             saved_at = time.monotonic()
+            saves.append(saved_at - now)
+
+
+def next_save(started: float, saved_at: float, saves: Sequence[float]) -> float:
+    """When to save unfinished training again: `SAVE_EVERY_SECONDS` after the last time, but, with a large model, not
+    before one more save, as dear as the last, leaves all of them within `SAVING_SHARE` of the time.
+
+    Args:
+        started: when training began, in seconds of some clock, as all times here.
+        saved_at: when it was last saved; `started` if never.
+        saves: how long each save took.
+    """
+    affordable = started + (sum(saves) + saves[-1]) / SAVING_SHARE if saves else started
+    return max(saved_at + SAVE_EVERY_SECONDS, affordable)
 
 
 def warmup_and_decay(step: int, total: int, warmup_fraction: float) -> float:

@@ -5,6 +5,7 @@ python -m rlhf_tasks.versioning     write dvc.yaml from the table of stages and 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -161,16 +162,39 @@ print(json.dumps(tree.as_list()))
 
 
 def pull_sources(root: Path, origin: Path) -> None:
-    """Have the data that git tracks by `.dvc` files in a clone: from the origin's cache, or from the remote."""
+    """Have the data that git tracks by `.dvc` files in a clone: from the origin's cache, or from the remote.
+
+    Raises:
+        UserError: neither has it, or the listing of a folder is not the one that git tracks.
+    """
     tracked = git(root, "ls-files", "*.dvc").decode().splitlines()
     if not tracked:
         return
     cache = _dvc(origin, "cache", "dir").strip()
     _dvc(root, "remote", "add", "--local", "--force", "origin-cache", cache)
     try:
-        _dvc(root, "pull", "--remote", "origin-cache", *tracked)
+        _dvc(root, "fetch", "--remote", "origin-cache", *tracked)
     except UserError:
-        _dvc(root, "pull", *tracked)
+        _dvc(root, "fetch", *tracked)
+    _check_listings(root, [root / name for name in tracked])
+    _dvc(root, "checkout", *tracked)
+
+
+def _check_listings(root: Path, tracked: list[Path]) -> None:
+    """DVC believes a cache's listing of a folder, and would put its files anywhere: `../../.bashrc`, say (3.67.1)."""
+    cache = Path(root, _dvc(root, "cache", "dir").strip())
+    for file in tracked:
+        for out in YAML(typ="safe").load(file.read_text()).get("outs", ()):
+            if not (md5 := str(out.get("md5", ""))).endswith(".dir"):
+                continue
+            listing = cache / ("files/md5" if out.get("hash") == "md5" else "") / md5[:2] / md5[2:]
+            found = hashlib.md5(listing.read_bytes(), usedforsecurity=False).hexdigest() if listing.exists() else None
+            if found != md5.removesuffix(".dir"):
+                listing.unlink(missing_ok=True)
+                raise UserError(
+                    f"{file.relative_to(root)}: the listing of `{out['path']}` that DVC fetched is not the one that "
+                    "git tracks; nothing of it was taken: mend the cache or the remote that it came from"
+                )
 
 
 def _dvc(root: Path, *arguments: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from changes import stage_keys, with_params
 
-from rlhf_tasks import engine
+from rlhf_tasks import closure, engine
 from rlhf_tasks.closure import import_closure
 from rlhf_tasks.config import Params
 from rlhf_tasks.engine import Workspace
@@ -31,6 +31,9 @@ CHANGES = {
     "saving": "saving.iterations_per_task=auto",
     "tracking": "tracking.when_down=continue",
 }
+
+
+FUNCTION = "the file of `reward_function.name`, one that it imports, the version of a library that they import"
 
 
 def rows() -> Iterator[tuple[str, set[str]]]:
@@ -63,7 +66,7 @@ def test_every_module() -> None:
     found = {
         file: {name for name, stage in STAGES.items() if file in import_closure(stage.module)}
         for path in (REPOSITORY / "rlhf_tasks").rglob("*.py")
-        if (file := path.relative_to(REPOSITORY).as_posix()) and path.name != "__init__.py"
+        if (file := path.relative_to(REPOSITORY).as_posix())
     }
     others = {
         file: TABLE[f"any other file of `rlhf_tasks/{'data/' if '/data/' in file else ''}`"]
@@ -71,7 +74,20 @@ def test_every_module() -> None:
         if file not in FILES
     }
     assert found == FILES | others
-    assert TABLE["any file of `flows/`"] == set()
+
+
+def test_what_orchestrates_is_in_no_key(sketch: Workspace) -> None:
+    jobs = [engine.plan(sketch, stage) for stage in STAGES.values()]
+    runs_again = {job.stage for job in jobs if any(file.startswith("flows/") for file in job.identity["code"])}
+    assert runs_again == TABLE["any file of `flows/`"]
+
+
+def test_python_itself(sketch: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = stage_keys(sketch)
+    monkeypatch.setattr(engine.platform, "python_version_tuple", lambda: ("3", "99", "0"))
+    engine._environment.cache_clear()
+    assert engine.differing(before, stage_keys(sketch)) == TABLE["Python (3.11, 3.12, ...)"]
+    engine._environment.cache_clear()
 
 
 def test_every_library(sketch: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,9 +110,21 @@ def test_files_from_outside(sketch: Workspace, write_model: Callable[[Path], Non
     for change, file in {
         "a file of `data.sources`": "data/raw/ratings.jsonl",
         "a file of `model.base`": "base/config.json",
-        "the file of `reward_function.name`, or one that it imports": "helper.py",
+        FUNCTION: "helper.py",
     }.items():
         before = stage_keys(project)
         with (root / file).open("a") as text:
             text.write("\n")
         assert engine.differing(before, stage_keys(project)) == TABLE[change], change
+
+
+def test_a_library_of_a_reward_function(sketch: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that no stage imports itself: it is looked for in the function's file and in what that imports."""
+    (sketch.root / "helper.py").write_text("from pytest import approx\n")
+    (sketch.root / "mine.py").write_text("import helper, json\n\ndef score(prompts, responses):\n    return []\n")
+    project = with_params(sketch, "reward_function.name=mine:score")
+    job = engine.plan(project, STAGES["ppo"])
+    assert job.identity["environment"]["pytest"] == pytest.__version__
+    before = stage_keys(project)
+    monkeypatch.setattr(closure, "version", lambda name: "0")
+    assert engine.differing(before, stage_keys(project)) == TABLE[FUNCTION]

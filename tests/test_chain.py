@@ -83,6 +83,22 @@ def test_however_it_is_cut_into_tasks_and_processes_the_bits_are_the_same(
     assert len({entry.manifest["metrics"]["objective/kl_coef"] for entry in found}) == 3
 
 
+@pytest.mark.slow
+def test_twenty_iterations_are_ten_and_ten_more(unbegun: Workspace, tmp_path: Path) -> None:
+    """In processes of their own, as they come in: the second ten go on from the saved state alone."""
+    digests = []
+    for name, goals in {"one": [20], "other": [10, 20]}.items():
+        shutil.copytree(unbegun.root, tmp_path / name)
+        for goal in goals:
+            project = with_params(Workspace(tmp_path / name, unbegun.params), f"ppo.iterations={goal}")
+            entries = chain.usable(chain.known(project))
+            while len(entries) < goal:
+                entries = chain.advance(project, entries, ignore)
+        assert [entry.manifest["identity"]["iteration"] for entry in entries] == list(range(1, 21))
+        digests.append([entry.digest for entry in entries])
+    assert digests[0] == digests[1]
+
+
 def test_within_a_task_only_the_last_state_is_saved(unbegun: Workspace) -> None:
     project, told = with_params(unbegun, "saving.iterations_per_task=2"), list[int]()
     found = chain.advance(project, [], lambda entry: told.append(entry.manifest["identity"]["iteration"]))

@@ -176,8 +176,8 @@ def test_set_changes_one_line_of_the_shipped_file(tmp_path: Path, assignment: st
 
 def test_set_adds_a_key_that_the_file_leaves_to_its_default(commented: Path) -> None:
     assert set_params(commented, parse_assignments(["evaluate.prompts=5", "register.name=mine"])) == [
-        "evaluate.prompts: None -> 5",
-        "register.name: None -> mine",
+        "evaluate.prompts: null -> 5",
+        "register.name: null -> mine",
     ]
     assert load_params(commented).evaluate.prompts == 5
     assert "# epsilon" in commented.read_text()

@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rlhf_tasks import engine, training
 from rlhf_tasks.engine import Recorder, Workspace
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.explain import standings
-from rlhf_tasks.stages import STAGES
+from rlhf_tasks.stages import STAGES, stages_between
 from rlhf_tasks.store import DamagedEntry, Entry
 
 Make = Callable[..., Workspace]
@@ -169,7 +170,7 @@ class Kill(BaseException):
 
 @pytest.fixture
 def saves_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", -1)
+    monkeypatch.setattr(training, "next_save", lambda *_: 0.0)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
@@ -420,3 +421,14 @@ def test_code_edited_before_it_is_imported_is_not_run_under_the_old_key(
     with pytest.raises(UserError, match="its inputs or its code changed while it ran"):
         engine.perform(project, job, lambda row, total: None)
     assert project.store.find(job.key) is None
+
+
+def test_a_run_that_begins_in_the_middle_says_at_once_what_it_lacks(sketch: Workspace) -> None:
+    """Before any server is started; what the run itself makes is not asked for."""
+    (sketch.root / "data/prepared/prompts/file").unlink()
+    (sketch.root / "data/prepared/prompts").rmdir()
+    check = partial(engine.check_sources, sketch.params, sketch.root)
+    check(stages_between("prepare", "register"))
+    check(stages_between("sft", "sft"))
+    with pytest.raises(UserError, match="data/prepared/prompts: not found, but the stage reward reads it; it is made"):
+        check(stages_between("sft", "register"))

@@ -11,10 +11,7 @@ from rlhf_tasks import chain, engine, gc
 from rlhf_tasks.engine import Job, Workspace
 from rlhf_tasks.stages import STAGES
 
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+pytestmark = pytest.mark.usefixtures("own_mlflow")
 
 
 def store(workspace: Workspace, *jobs: Job) -> None:
@@ -40,6 +37,12 @@ def test_what_the_next_run_looks_for_stays(sketch: Workspace) -> None:
     assert not (sketch.root / "mlflow.db").exists(), "asking makes no database"
 
 
+def test_asking_makes_no_database_elsewhere_either(sketch: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{sketch.root}/other.db")
+    assert offered(sketch) == set()
+    assert not (sketch.root / "other.db").exists()
+
+
 def test_what_cannot_be_planned_now_stays(sketch: Workspace) -> None:
     """Without the Reward nobody knows the keys of PPO's iterations; SFT's are known."""
     sft, iterations = engine.plan(sketch, STAGES["sft"]), chain.plan(sketch)
@@ -63,7 +66,7 @@ def test_what_another_process_works_on_stays(sketch: Workspace) -> None:
         with sketch.store.lock(held):
             assert offered(sketch) == everything - kept
     with sketch.store.lock(first.key):
-        gc.delete(sketch, found)
+        assert {item.folder.name for item in gc.delete(sketch, found)} == {sft.key, "0" * 64}
         assert {entry.manifest["key"] for entry in sketch.store.entries()} == {first.key, second.key}
     gc.delete(sketch, found)
     assert offered(sketch) == set()

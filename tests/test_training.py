@@ -23,12 +23,15 @@ from rlhf_tasks import config, training
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.training import (
     ADAM_EPS,
+    SAVE_EVERY_SECONDS,
+    SAVING_SHARE,
     BatchLoss,
     adamw,
     fit,
     length_batches,
     load_optimizer_tensors,
     load_training_state,
+    next_save,
     optimizer_tensors,
     save_training_state,
     shuffled_batches,
@@ -68,7 +71,7 @@ def work(partial: Path, *, kill_at: int | None = None) -> tuple[dict[str, Tensor
 
 @pytest.fixture
 def saves_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", -1)
+    monkeypatch.setattr(training, "next_save", lambda *_: 0.0)
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -99,6 +102,22 @@ def test_nothing_is_saved_after_the_last_step(tmp_path: Path, saves_every_step: 
 def test_short_training_saves_nothing(tmp_path: Path) -> None:
     work(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@settings(deadline=None)
+@given(save=st.floats(0.001, 40), steps=st.integers(10, 3000))
+def test_saving_is_frequent_while_it_is_cheap_and_its_share_is_bounded(save: float, steps: int) -> None:
+    """Steps of a second each, with saves that take `save` seconds: but for the first, they fit into their share."""
+    now, saved_at, saves = 0.0, 0.0, list[float]()
+    for _ in range(steps):
+        now += 1
+        if now >= next_save(0.0, saved_at, saves):
+            now += save
+            saved_at = now
+            saves.append(save)
+            assert len(saves) == 1 or sum(saves) <= SAVING_SHARE * now
+    if save < SAVING_SHARE * SAVE_EVERY_SECONDS / 2:
+        assert len(saves) >= steps // (SAVE_EVERY_SECONDS + 3)
 
 
 def test_a_kill_while_saving_leaves_the_state_before(

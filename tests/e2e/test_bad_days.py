@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import zc.lockfile
-from e2e.conftest import Project
+from e2e.conftest import Project, make_project
 from e2e.test_doors import STAGES, manifests, states
 
 RATED = {"text": "a fine film", "ratings": [3, 4]}
@@ -104,10 +104,38 @@ def can_mount() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_mount(), reason="a small file system can be mounted in a user namespace only")
-def test_the_disk_is_full(copy_of: Project) -> None:
-    small = "mount -t tmpfs -o size=1m tmpfs .rlhf/store && exec rlhf run --set seed=1"
-    done = copy_of.run("unshare", "--map-root-user", "--mount", "sh", "-c", small)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "the disk is full" in done.stderr
+def test_the_disk_is_full_and_then_it_is_not(finished: Project, prefect_url: str, tmp_path: Path) -> None:
+    """It is full after the first PPO iterations; with more room the run goes on, to the bits of an undisturbed one."""
+    project = make_project(tmp_path / "small", finished.root)
+    project.environment = finished.environment | {"PREFECT_API_URL": prefect_url}
+    script = """
+        mkdir -p .rlhf/store && mount -t tmpfs -o size=1500k tmpfs .rlhf/store || exit 9
+        rlhf run
+        echo "ended with $?"
+        mount -o remount,size=100m .rlhf/store && exec rlhf run
+    """
+    done = project.run("unshare", "--map-root-user", "--mount", "sh", "-c", script)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr + done.stdout
-    assert copy_of.rlhf("run").returncode == 0  # the real store is as it was, and room is there again
+    full, again = done.stdout.split("ended with 2")
+    assert states(full) == dict.fromkeys(["prepare", "sft", "reward"], "done")
+    assert done.stderr.count("the disk is full") == 1
+    assert states(again) == states(full.replace("done  ", "cached")) | dict.fromkeys(
+        ["ppo", "evaluate", "register"], "done"
+    )
+    assert project.lock() == finished.lock()
+
+
+@pytest.mark.slow
+def test_a_limit_of_file_sizes_is_reached(copy_of: Project) -> None:
+    """A model of 8 MB where no file may have more than 6. Once it may, the run goes through, and again to the same."""
+    larger = [f"--set=model.scratch.{name}" for name in ("hidden_size=256", "intermediate_size=1024", "layers=2")]
+    done = copy_of.run("bash", "-c", 'ulimit -f 6000 && exec rlhf run --until reward "$@"', "bash", *larger)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "a size limit is reached" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert states(done.stdout) == {"prepare": "cached"}
+    assert copy_of.rlhf("run", "--until", "reward").returncode == 0
+    again = copy_of.rlhf("run", "--until", "reward", "--refresh")
+    assert states(again.stdout) == dict.fromkeys(["prepare", "sft", "reward"], "done")
+    assert "came out different" not in again.stderr + again.stdout

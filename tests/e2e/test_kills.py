@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from e2e.conftest import Project, make_project
 from e2e.servers import wait_until
-from e2e.test_doors import STAGES, server_lives, states
+from e2e.test_doors import STAGES, server_lives
 from mlflow import MlflowClient
 
 KILLS = 20
@@ -90,28 +90,38 @@ def test_kills_at_random_moments_change_no_bit(finished: Project, tmp_path: Path
     check_is_as_undisturbed(project, finished)
 
 
+def in_sft(project: Project) -> bool:
+    """Whether SFT has taken its first step."""
+    return any(path.stat().st_size for path in (project.root / ".rlhf/store/partial").glob("*/series.jsonl"))
+
+
+def in_ppo(project: Project) -> bool:
+    """Whether PPO's first state is whole."""
+    return any((project.root / ".rlhf/store").glob("*/payload/critic_optimizer.safetensors"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("door", [("rlhf", "run"), ("dvc", "repro")])
-def test_ctrl_c_ends_at_once_and_leaves_nothing(finished: Project, tmp_path: Path, door: tuple[str, str]) -> None:
-    """With the project's own server: Ctrl-C reaches every process of the terminal."""
-    shutil.copytree(finished.root, tmp_path / "copy", symlinks=True)
-    project = Project(tmp_path / "copy", finished.environment)
-    lock = (project.root / "dvc.lock").read_bytes()
-    project.set(sft__epochs=300)
-    run = project.start(*door)
-    partial = project.root / ".rlhf/store/partial"
-    wait_until(lambda: list(partial.glob("*/series.jsonl")), 120, lambda: run.communicate())
-    os.killpg(run.pid, signal.SIGINT)
-    started = time.monotonic()
-    output, errors = run.communicate(timeout=60)
-    assert time.monotonic() - started < 30
-    assert run.returncode in ((130,) if door[0] == "rlhf" else (1, 130, 255, -signal.SIGINT)), output + errors
-    assert "rlhf: stopped; what is finished is kept" in errors
-    assert "Traceback" not in output + errors
-    assert not server_lives(project, 10)
-    assert (project.root / "dvc.lock").read_bytes() == lock
-    client = MlflowClient(f"sqlite:///{project.root}/mlflow.db")
-    stopped = client.search_runs(["1"], "tags.`rlhf.stage` = 'sft'", max_results=1)[0]
-    assert stopped.info.status == "KILLED"
-    project.set(sft__epochs=1)
-    assert states(project.rlhf("run").stdout) == dict.fromkeys(STAGES, "cached")
+def test_ctrl_c_ends_at_once_and_the_run_goes_on_to_the_same_bits(
+    finished: Project, tmp_path: Path, prefect_home: Path, door: tuple[str, str]
+) -> None:
+    """With the project's own server: Ctrl-C reaches every process of the terminal. Once in SFT, once in PPO."""
+    project = make_project(tmp_path / "stopped", prefect_home)
+    for has_begun in (in_sft, in_ppo):
+        run = project.start(*door)
+        wait_until(partial(has_begun, project), 120, run.communicate)
+        kept, started = entries(project), time.monotonic()
+        os.killpg(run.pid, signal.SIGINT)
+        output, errors = run.communicate(timeout=60)
+        assert time.monotonic() - started < 30
+        assert run.returncode in ((130,) if door[0] == "rlhf" else (1, 130, 255, -signal.SIGINT)), output + errors
+        assert "rlhf: stopped; what is finished is kept" in errors
+        assert "Traceback" not in output + errors
+        assert not server_lives(project, 10)
+        assert entries(project).items() >= kept.items()
+        client = MlflowClient(f"sqlite:///{project.root}/mlflow.db")
+        assert client.search_runs(["1"], max_results=1)[0].info.status == "KILLED"  # the youngest
+    done = project.run(*door)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert entries(project).items() >= kept.items()
+    check_is_as_undisturbed(project, finished)
