@@ -27,7 +27,7 @@ from rlhf_tasks.config import flatten
 from rlhf_tasks.engine import Workspace
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.lineage import lineage_here
-from rlhf_tasks.origins import Origin, log_origin
+from rlhf_tasks.origins import Origin, log_origin, tell_makers
 from rlhf_tasks.registry import Settled, TrackingContext
 from rlhf_tasks.source import LOCK, Source, source_of
 from rlhf_tasks.stages import STAGES, Stage
@@ -267,11 +267,7 @@ class StageRecord:
         root, tracker, source = self.parent.workspace.root, self.parent.tracker, self.parent.source
         document = lineage_here(self.parent.workspace, source)
         document["runs"] = {"MLflow": self.parent.run_id, "Prefect": str(flow_run.id)}
-        for facts in document["stages"].values():
-            if maker := tracker.maker_of(facts["key"]):
-                tags = maker.data.tags
-                facts["runs"] = {"MLflow": maker.info.run_id, "Prefect": tags.get("prefect.flow_run_id")}
-                facts["git"] = {"commit": tags.get("mlflow.source.git.commit"), "dirty": tags.get("rlhf.git_dirty")}
+        tell_makers(tracker, document)
         lock = root / LOCK
         log_origin(tracker, self.run_id, Origin(document, source.patch, lock.read_bytes() if lock.exists() else b""))
 

@@ -102,11 +102,16 @@ def add_makers(root: Path, document: Document) -> None:
     try:
         tracker = Tracker(root)
         with answered(tracker.uri):
-            for facts in document["stages"].values():
-                if maker := tracker.maker_of(facts["key"]):
-                    facts |= _made_by(maker)
+            tell_makers(tracker, document)
     except UserError as error:
         log.warning("%s; the runs that made it are not told", error)
+
+
+def tell_makers(tracker: Tracker, document: Document) -> None:
+    """The same, of a tracker that answers."""
+    for facts in document["stages"].values():
+        if maker := tracker.maker_of(facts["key"]):
+            facts |= _made_by(maker)
 
 
 def _made_by(maker: Any) -> Document:
