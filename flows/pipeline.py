@@ -22,6 +22,7 @@ from flows.hooks import say_where_to_look
 from flows.record import Record, StageRecord
 from flows.tasks import Orders, run_ppo, run_stage, show_cached
 from rlhf_tasks import chain, engine, versioning
+from rlhf_tasks.base import check_lengths, known_positions
 from rlhf_tasks.config import load_params, set_params
 from rlhf_tasks.engine import Job, Workspace
 from rlhf_tasks.errors import UserError
@@ -98,6 +99,9 @@ def bring_checkout_up_to_date(root: Path, params: dict[str, Any], stages: list[S
         log.info("params.yaml: %s", change)
     settings = load_params(root / "params.yaml")
     engine.check_sources(settings, root, stages)
+    if STAGES["sft"] in stages:
+        have = known_positions(settings.model, root)
+        check_lengths(settings.model.base, have, settings.data, settings.generation.max_new_tokens)
     if settings.reward_function.name and STAGES["ppo"] in stages:
         from rlhf_tasks.reward_function import try_reward_function  # which imports torch
 

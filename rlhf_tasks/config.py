@@ -117,10 +117,27 @@ class Scratch(Section):
 
 
 class Model(Section):
-    """`base` is `scratch` or a local Hugging Face folder (safetensors and tokenizer)."""
+    """`base` is `scratch`, a local Hugging Face folder or GGUF file, or, with a `revision`, a model of the Hub."""
 
     base: str = "scratch"
+    revision: str | None = None
     scratch: Scratch = Scratch()
+
+    @model_validator(mode="after")
+    def _pinned(self) -> Model:
+        if self.revision is None:
+            return self
+        if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            raise ValueError(
+                f"`revision: {self.revision}` can move; expected the full commit, 40 hexadecimal digits, as the "
+                "model's page on the Hub shows it under Files, History"
+            )
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.base, re.ASCII):
+            raise ValueError(
+                f"`revision` pins a model of the Hub, but `base: {self.base}` is none; expected `owner/name`, or no "
+                "`revision`"
+            )
+        return self
 
 
 class Generation(Section):

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from rlhf_tasks.base import not_found
 from rlhf_tasks.closure import PACKAGE, SOURCE_ROOT, import_closure, installed_closure, libraries_of, user_closure
 from rlhf_tasks.config import Params, load_params
 from rlhf_tasks.errors import UserError
@@ -139,7 +140,9 @@ def parameters(params: Params, stage: Stage) -> dict[str, Any]:
 def external_inputs(params: Params, root: Path, stage: Stage) -> list[str]:
     """Files and folders from outside the pipeline that a stage reads, as params.yaml names them."""
     sources = [source.path for source in params.data.sources if source.path] if stage.name == "prepare" else []
-    base = [params.model.base] if stage.name in ("prepare", "sft") and params.model.base != "scratch" else []
+    model = params.model
+    local = model.base != "scratch" and model.revision is None  # a commit of the Hub is a digest itself
+    base = [model.base] if stage.name in ("prepare", "sft") and local else []
     module = _function_module(params, stage)
     return sources + base + list(user_closure(module, root.resolve()) if module else ())
 
@@ -154,6 +157,8 @@ def check_sources(params: Params, root: Path, stages: list[Stage]) -> None:
     made = {path for stage in stages for path in stage.outs.values()}
     for stage in stages:
         for path in external_inputs(params, root, stage):
+            if path == params.model.base and not (root / path).exists():
+                raise UserError(f"`model.base: {path}`: {not_found(path)}")
             _digest_input(root, path, stage)
         for path in stage.inputs.values():
             if path not in made and not (root / path).exists():

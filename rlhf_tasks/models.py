@@ -19,8 +19,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from rlhf_tasks.errors import UserError
@@ -59,23 +57,6 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder}: its tokenizer does not load: {' '.join(str(error).split())[:300]}") from None
 
 
-def new_actor(model: config.Model, tokenizer: Any, seed: int) -> Any:
-    """The model that SFT starts from: a small random Llama, or a local folder's weights.
-
-    Raises:
-        UserError: the folder holds no causal language model, or fewer embeddings than the tokenizer has tokens.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "sft", "weights"))
-        if model.base == "scratch":
-            actor = LlamaForCausalLM(_scratch_config(model.scratch, tokenizer))
-        else:
-            actor = _load(AutoModelForCausalLM, Path(model.base))
-            if len(tokenizer) > actor.get_input_embeddings().num_embeddings:
-                actor.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    return _ready(actor, tokenizer)
-
-
 def load_actor(folder: Path, device: torch.device) -> Any:
     """An Actor or Ref from a checkpoint folder."""
     return _load(AutoModelForCausalLM, folder).to(device).eval()
@@ -91,7 +72,15 @@ def new_scorer(sft: Path, tokenizer: Any, seed: int, purpose: str, device: torch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, purpose, "weights"))
         scorer = _load(AutoModelForSequenceClassification, sft, new=("score.weight",), num_labels=1)
-    return _ready(scorer, tokenizer).to(device)
+    return ready(scorer, tokenizer).to(device)
+
+
+def ready(model: Any, tokenizer: Any) -> Any:
+    """A new model for use: pad id as the tokenizer says, dropout off."""
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.eval()
 
 
 def freeze(model: Any) -> Any:
@@ -164,26 +153,10 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def _scratch_config(scratch: config.Scratch, tokenizer: Any) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=scratch.hidden_size,
-        intermediate_size=scratch.intermediate_size,
-        num_hidden_layers=scratch.layers,
-        num_attention_heads=scratch.heads,
-        num_key_value_heads=scratch.heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
 def _load(kind: Any, folder: Path, new: tuple[str, ...] = (), **options: Any) -> Any:
     """A model of a folder, which has every weight but those that are to be `new`: no other is made up silently."""
     try:
-        _check_size(folder)
+        _check_settings(folder)
         model, found = kind.from_pretrained(
             folder,
             dtype=torch.float32,
@@ -191,41 +164,48 @@ def _load(kind: Any, folder: Path, new: tuple[str, ...] = (), **options: Any) ->
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # said below, in a sentence
             **options,
         )
+    except UserError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().split("\n")[0]
         raise UserError(
             f"{folder}: not a loadable {kind.__name__[9:]} folder with safetensors weights: {first}"
         ) from error
+    if wrong := sorted(found["mismatched_keys"]):
+        name, have, want = wrong[0]
+        raise UserError(f"{folder}: {name} is {list(have)} in its file, but {list(want)} by its config.json")
     if missing := sorted(set(found["missing_keys"]) - set(new)):
         expected = f"expected all of its {type(model).__name__}"
         raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}; {expected}")
     return model
 
 
-def _check_size(folder: Path) -> None:
-    """Look at what config.json would have us allocate, before anything is.
+def _check_settings(folder: Path) -> None:
+    """Look at what config.json would have us run and allocate, before anything is.
 
     Raises:
-        UserError: it describes a model far larger than the weights beside it, or code from elsewhere.
+        UserError: it asks for code from elsewhere, or describes a model far larger than the weights beside it.
     """
     settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if "/" in (kernel := str(getattr(settings, "_attn_implementation", None) or "")):
         raise UserError(f"{folder}: config.json asks for the attention kernel {kernel}, which is code from elsewhere")
-    room = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if room := sum(file.stat().st_size for file in folder.glob("*.safetensors")):
+        check_size(folder, settings, room)  # a weight takes a byte at least
+
+
+def check_size(where: Path, settings: Any, room: int) -> None:
+    """See that settings describe no model of far more weights than there can be.
+
+    Raises:
+        UserError: they do.
+    """
     elements = getattr(settings, "num_hidden_layers", 0) * LEAST_OF_A_LAYER
     if elements <= room:
         with torch.device("meta"):
             elements = sum(p.numel() for p in AutoModel.from_config(settings).parameters())
-    if room and elements > room:  # a weight takes a byte at least
-        text = f"{elements:,} weights or more in config.json, but {room:,} bytes of them"
-        raise UserError(f"{folder}: found {text}; expected the settings that these weights were saved with")
-
-
-def _ready(model: Any, tokenizer: Any) -> Any:
-    """Pad id as the tokenizer says, dropout off."""
-    model.config.pad_token_id = tokenizer.pad_token_id
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.eval()
+    if elements > room:
+        text = f"{elements:,} weights or more in its settings, but room for {room:,} in its file"
+        raise UserError(f"{where}: found {text}; expected the settings that these weights were saved with")

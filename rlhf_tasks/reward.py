@@ -77,6 +77,7 @@ def run(
     device = set_up_torch(runtime)
     tokenizer = load_tokenizer(sft)
     model = new_scorer(sft, tokenizer, seed, "reward", device)
+    _check_room(model, prompts, generation)
     train, heldout = (Pairs(pairs / f"{split}.arrow", tokenizer.pad_token_id) for split in ("train", "heldout"))
 
     def loss_of(batch: list[int]) -> BatchLoss:
@@ -174,6 +175,21 @@ def wilson_interval(successes: float, count: int, z: float = 1.959964) -> tuple[
     center = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
     return center - half, center + half
+
+
+def _check_room(model: Any, prompts: Path, generation: config.Generation) -> None:
+    """See, before anything is trained on it, that the longest prompt leaves room for the longest answer.
+
+    Raises:
+        UserError: a model with positions by number would fail, one with rotary ones answer beyond what it has learned.
+    """
+    longest = int(TokenColumn(read_table(prompts / "train.arrow"), "input_ids").lengths().max())
+    have = getattr(model.config, "max_position_embeddings", None)
+    if have is not None and longest + generation.max_new_tokens > have:
+        raise UserError(
+            f"generation.max_new_tokens: {generation.max_new_tokens} after a prompt of {longest} tokens, but the model "
+            f"has {have} positions; lower it, or data.max_prompt_tokens"
+        )
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from rlhf_tasks.data.batching import pad_rows
 from rlhf_tasks.data.tables import TokenColumn, read_table
-from rlhf_tasks.models import load_tokenizer, new_actor, response_logits, save_model, set_up_torch
+from rlhf_tasks.first_actor import new_actor
+from rlhf_tasks.models import load_tokenizer, response_logits, save_model, set_up_torch
 from rlhf_tasks.training import BatchLoss, Progress, adamw, fit, length_batches
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from rlhf_tasks import chain, config, engine
 from rlhf_tasks.config import load_params, parse_assignments, set_params
 from rlhf_tasks.data.encoding import train_tokenizer
 from rlhf_tasks.engine import Workspace
-from rlhf_tasks.models import SCORE_STATISTICS, load_actor, load_scorer, new_actor, new_scorer, save_model
+from rlhf_tasks.first_actor import new_actor
+from rlhf_tasks.models import SCORE_STATISTICS, load_actor, load_scorer, new_scorer, save_model
 from rlhf_tasks.ppo.experience import Episodes
 from rlhf_tasks.stages import STAGES
 from rlhf_tasks.store import Entry

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf_tasks import config
 from rlhf_tasks.data.batching import collate, pad_rows
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.first_actor import new_actor
 from rlhf_tasks.models import (
     freeze,
     load_actor,
@@ -22,7 +23,6 @@ from rlhf_tasks.models import (
     load_scorer,
     load_sft_length,
     load_tokenizer,
-    new_actor,
     new_scorer,
     position_ids,
     response_logits,
@@ -126,20 +126,6 @@ def test_a_reward_has_the_trunk_of_sft(tokenizer: Any, tiny_actor: Path) -> None
     assert reward.score.weight.shape == (1, 32)
 
 
-def test_a_base_folder_gets_the_embeddings_that_its_tokenizer_lacks(
-    tokenizer: Any, tiny_actor: Path, tmp_path: Path
-) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_actor, base)
-    larger = load_tokenizer(base)
-    larger.add_tokens(["one", "two"])
-    actor = new_actor(config.Model(base=str(base)), larger, 0)
-    old = load_actor(tiny_actor, CPU).get_input_embeddings().weight
-    assert torch.equal(actor.get_input_embeddings().weight[: len(old)], old)
-    assert len(actor.get_input_embeddings().weight) == len(larger) == len(tokenizer) + 2
-    assert new_actor(config.Model(base=str(base)), tokenizer, 0).config.vocab_size == len(tokenizer)
-
-
 def test_frozen_models_learn_nothing(four: Any) -> None:
     freeze(four.ref.train())
     assert not four.ref.training
@@ -212,8 +198,8 @@ def test_weights_that_are_missing_are_not_made_up(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"intermediate_size": 20_000_000}, "weights or more in config.json"),
-        ({"num_hidden_layers": 2_000_000_000}, "weights or more in config.json"),
+        ({"intermediate_size": 20_000_000}, "weights or more in its settings"),
+        ({"num_hidden_layers": 2_000_000_000}, "weights or more in its settings"),
         ({"_attn_implementation": "somebody/kernel"}, "code from elsewhere"),
         ({"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}, "not a loadable"),
         ({"model_type": 7}, "not a loadable"),

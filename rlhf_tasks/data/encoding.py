@@ -6,6 +6,7 @@ text did not earn from the chat template; a response ends with EOS unless it was
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_tasks.data.formats import Conversation, Instruction, Message, Prompt
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.gguf_file import alone
 
 Template = Literal["none", "alpaca", "chat"]
 
@@ -140,46 +142,58 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, special_strings: Sequ
     )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local Hugging Face folder, with a pad token that is not its EOS.
+def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder or a GGUF file, with a pad token that ends no response.
 
     Raises:
-        UserError: there is no such folder, no tokenizer in it, none that loads, or it has no EOS.
+        UserError: there is no tokenizer in it, none that loads, or it has no EOS.
     """
-    if not folder.is_dir():
-        raise UserError(f"`model.base: {folder}`: no such folder; expected `scratch` or a local Hugging Face folder")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if base.is_dir() and not any((base / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
-            f"`model.base: {folder}`: no tokenizer in this folder; expected one of {', '.join(TOKENIZER_FILES)} in it"
+            f"`model.base: {base}`: no tokenizer in this folder; expected one of {', '.join(TOKENIZER_FILES)} in it"
         )
     from transformers import AutoTokenizer  # it imports torch and half of transformers: seconds that `scratch` saves
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        if base.is_file():
+            with alone(base) as (folder, name):
+                tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file raises whatever its parser does
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"`model.base: {folder}`: its tokenizer does not load: {reason}") from None
+        raise UserError(f"`model.base: {base}`: its tokenizer does not load: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"`model.base: {folder}`: the tokenizer names no EOS token, so no response could end; "
+            f"`model.base: {base}`: the tokenizer names no EOS token, so no response could end; "
             "set `eos_token` in its tokenizer_config.json"
         )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        _give_pad(tokenizer)
+    ends = {tokenizer.eos_token_id, *_ends(base)}
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+        _give_pad(tokenizer, ends)
     tokenizer.padding_side = "left"
     tokenizer.clean_up_tokenization_spaces = False  # it would take away spaces that the text has
-    return tokenizer
+    return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def _give_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+def _ends(base: Path) -> list[int]:
+    """The ids of the tokens that end a response of a base, as its settings list them."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            found = json.loads((base / name).read_text(encoding="utf-8"))["eos_token_id"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int)]
+    return []
+
+
+def _give_pad(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
     """A pad token of its own: one that the vocabulary keeps for it or for no use at all, else a new `<pad>`."""
-    used = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
+    used = {tokenizer.bos_token, tokenizer.unk_token}
     spare = [
         token.content
-        for _, token in sorted(tokenizer.added_tokens_decoder.items())
-        if token.special and token.content not in used
+        for i, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and i not in ends and token.content not in used
     ]
     for word in ("pad", "reserved", "unused"):
         for content in spare:

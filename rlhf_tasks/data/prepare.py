@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_tasks.base import check_lengths, check_vocabulary, find_base, load_settings, positions
 from rlhf_tasks.data.contracts import Pair, Text
 from rlhf_tasks.data.encoding import (
     choose_template,
@@ -75,7 +76,7 @@ def run(*, seed: int, data: config.Data, model: config.Model, out: Path, progres
     """
     if not any(source.kind in ("preference", "ratings") for source in data.sources):
         raise UserError("`data.sources`: no source of kind preference or ratings; the reward model learns from those")
-    tokenizer = None if model.base == "scratch" else load_tokenizer(Path(model.base))
+    tokenizer = _base_tokenizer(model, data)
     template = choose_template(data.template, tokenizer)
     feedback = Feedback(template, tokenizer, data.heldout)
     rows_read = _read(data, feedback)
@@ -101,6 +102,21 @@ def run(*, seed: int, data: config.Data, model: config.Model, out: Path, progres
     summary = {**counts, "details": details}
     (out / "metrics.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return counts
+
+
+def _base_tokenizer(model: config.Model, data: config.Data) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a base that all later stages can use; None where there is none but one to be trained.
+
+    Raises:
+        UserError: they cannot; said here, because here nothing has been trained yet.
+    """
+    if (base := find_base(model)) is None:
+        return None
+    settings = load_settings(base)
+    tokenizer = load_tokenizer(base)
+    check_vocabulary(base, settings.get_text_config().vocab_size, tokenizer)
+    check_lengths(model.base, positions(settings), data)
+    return tokenizer
 
 
 def _read(data: config.Data, feedback: Feedback) -> dict[str, int]:

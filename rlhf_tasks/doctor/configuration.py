@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from rlhf_tasks import engine, versioning
+from rlhf_tasks.base import check_lengths, known_positions, positions
 from rlhf_tasks.config import Params
 from rlhf_tasks.data.tables import TokenColumn, read_table
 from rlhf_tasks.doctor.finding import Finding
@@ -103,17 +104,16 @@ def _vouched(workspace: engine.Workspace, stage: Stage, job: engine.Job) -> bool
 
 
 def lengths(root: Path, params: Params) -> Finding:
-    data, sft = params.data, root / "checkpoints/sft"
-    longest = data.max_prompt_tokens + max(params.generation.max_new_tokens, data.max_response_tokens)
-    folder = sft if sft.exists() else root / params.model.base
-    if not folder.exists():
-        return Finding("lengths", None, f"prompt and response have at most {longest} tokens")
-    settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    have = getattr(settings, "max_position_embeddings", None)
-    if have is not None and longest > have:
-        text = f"prompt and response may have {longest} tokens, the model has {have} positions"
-        return Finding("lengths", False, f"{text}; lower data.max_prompt_tokens or generation.max_new_tokens")
-    return Finding("lengths", True, f"prompt and response have at most {longest} tokens, the model {have} positions")
+    data, sft, limit = params.data, root / "checkpoints/sft", params.generation.max_new_tokens
+    if sft.exists():
+        have = positions(AutoConfig.from_pretrained(sft, local_files_only=True, trust_remote_code=False))
+    else:
+        have = known_positions(params.model, root)
+    check_lengths(params.model.base, have, data, limit)
+    longest = f"prompt and response have at most {data.max_prompt_tokens + max(limit, data.max_response_tokens)} tokens"
+    if have is None:
+        return Finding("lengths", None, longest)
+    return Finding("lengths", True, f"{longest}, the model {have} positions")
 
 
 def reward_function(root: Path, params: Params) -> Finding:

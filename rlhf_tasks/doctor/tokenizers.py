@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rlhf_tasks.base import find_base
 from rlhf_tasks.config import Params
 from rlhf_tasks.data.encoding import choose_template
 from rlhf_tasks.data.encoding import load_tokenizer as load_base_tokenizer
@@ -23,7 +24,8 @@ def _tokenizer(root: Path, params: Params) -> Any:
     """SFT's, or, before SFT, the base model's; None where it has still to be trained."""
     if folders := _tokenizer_folders(root):
         return load_tokenizer(folders[0])
-    return None if params.model.base == "scratch" else load_base_tokenizer(root / params.model.base)
+    base = find_base(params.model, root)
+    return load_base_tokenizer(base) if base else None
 
 
 def pad_and_eos(root: Path, params: Params) -> Finding:

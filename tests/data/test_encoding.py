@@ -237,8 +237,6 @@ def test_a_loaded_tokenizer_has_a_pad_token_that_is_not_its_eos(tmp_path, specia
 
 
 def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no: no such folder|no`: no such folder"):
-        load_tokenizer(tmp_path / "no")
     with pytest.raises(UserError, match=r"no tokenizer in this folder; expected one of tokenizer\.json, "):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{broken")

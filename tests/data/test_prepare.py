@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import pytest
 from test_encoding import chat_tokenizer
+from transformers import LlamaConfig
 
 from rlhf_tasks.config import parse_params
 from rlhf_tasks.data.encoding import encode_prompt, encode_response, load_tokenizer
@@ -34,6 +35,14 @@ FIVE = ("input_ids_chosen", "attention_mask_chosen", "input_ids_rejected", "atte
 def prepare(out, data, model=None, seed=0, progress=lambda **values: None):
     params = parse_params({"data": data, "model": model or {}})
     return run(seed=seed, data=params.data, model=params.model, out=out, progress=progress)
+
+
+def save_base(tokenizer, folder):
+    """A base as far as `prepare` looks at it: nobody here reads its weights."""
+    tokenizer.save_pretrained(folder)
+    shape = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, architectures=["LlamaForCausalLM"])
+    shape.save_pretrained(folder)
+    (folder / "model.safetensors").touch()
 
 
 def digests(folder):
@@ -194,7 +203,7 @@ def test_files_of_every_kind_together(tmp_path, preferences):
 
 
 def test_a_local_model_brings_its_tokenizer_and_chat_template(tmp_path, preferences):
-    chat_tokenizer(pad_token=None).save_pretrained(tmp_path / "base")
+    save_base(chat_tokenizer(pad_token=None), tmp_path / "base")
     data = {"sources": [{"kind": "preference", "path": preferences}], "max_prompt_tokens": 20, "max_response_tokens": 6}
     prepare(tmp_path / "out", data, {"base": str(tmp_path / "base")})
     tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
@@ -211,7 +220,7 @@ def test_a_local_model_brings_its_tokenizer_and_chat_template(tmp_path, preferen
 
 def test_a_refused_conversation_is_named_by_its_place(tmp_path, preferences):
     refusing = chat_tokenizer(chat_template="{{ raise_exception('Roles must alternate') }}")
-    refusing.save_pretrained(tmp_path / "base")
+    save_base(refusing, tmp_path / "base")
     data = {"sources": [{"kind": "preference", "path": preferences}]}
     with pytest.raises(
         UserError, match=r"preferences\.jsonl:1: the tokenizer's chat template refuses .*: Roles must alter"
@@ -222,7 +231,7 @@ def test_a_refused_conversation_is_named_by_its_place(tmp_path, preferences):
 def test_pairs_that_became_the_same_by_being_cut_are_left_out(tmp_path):
     lines = [{"prompt": f"q {i}", "chosen": f"same {i} a", "rejected": f"same {i} b"} for i in range(40)]
     lines += [{"prompt": f"r {i}", "chosen": f"{i} a", "rejected": f"{i} b"} for i in range(40)]
-    chat_tokenizer(chat_template=None).save_pretrained(tmp_path / "base")
+    save_base(chat_tokenizer(chat_template=None), tmp_path / "base")
     data = {"sources": [{"kind": "preference", "path": write(tmp_path / "p.jsonl", lines)}], "max_response_tokens": 5}
     counts = prepare(
         tmp_path / "out", data | {"template": "none", "max_prompt_tokens": 4}, {"base": str(tmp_path / "base")}
@@ -244,7 +253,11 @@ ERRORS = [
     ({"heldout": 0.000001}, {}, r"no rows are left for sft/heldout; raise `data\.heldout` \(1e-06\), or add data"),
     ({"heldout": 0.999999}, {}, r"no rows are left for sft/train; lower `data\.heldout` \(0\.999999\), or add data"),
     ({"template": "chat"}, {}, r"`data\.template: chat`: the tokenizer has no chat template; set `data\.template` to"),
-    ({}, {"base": "no/such/folder"}, r"`model\.base: no/such/folder`: no such folder; expected `scratch` or a local"),
+    (
+        {},
+        {"base": "no/such/folder"},
+        r"`model\.base: no/such/folder`: no such folder or file; expected `scratch`, a local",
+    ),
 ]
 
 

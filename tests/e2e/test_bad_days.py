@@ -61,7 +61,7 @@ def test_data_that_cannot_be_used(copy_of: Project, rows: list[Any], sentence: s
 def test_a_value_that_cannot_be_run_is_not_written(copy_of: Project) -> None:
     before = (copy_of.root / "params.yaml").read_bytes()
     said = refused(copy_of, "--set", "seed=5", "--set", "model.base=no/such/folder")
-    assert "no/such/folder: not found, but the stage prepare reads it" in said
+    assert "`model.base: no/such/folder`: no such folder or file" in said
     assert (copy_of.root / "params.yaml").read_bytes() == before
 
 
