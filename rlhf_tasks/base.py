@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SCRATCH_POSITIONS = 2048
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt", "spiece.model")
+HUB_OTHERS = ("*/*", "consolidated*")  # the same weights in other forms
 
 
 def find_base(model: config.Model, root: Path = Path()) -> Path | None:
@@ -149,7 +150,13 @@ def _snapshot(name: str, revision: str, *, local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(
-        snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=local_files_only)
+        snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=list(HUB_FILES),
+            ignore_patterns=list(HUB_OTHERS),
+            local_files_only=local_files_only,
+        )
     )
 
 
