@@ -17,6 +17,7 @@ from rlhf_tasks.config import Params, load_params, parse_assignments, set_params
 from rlhf_tasks.engine import alone, check_sources, state_folder
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.presets import PRESETS, preset_values
+from rlhf_tasks.profiles import use_profile
 from rlhf_tasks.stages import STAGES, Stage, stages_between
 
 STAGE_NAMES = ", ".join(STAGES)
@@ -39,9 +40,11 @@ a changed parameter runs what depends on it, and a run that was killed goes on w
 * `rlhf run --refresh`: do it all again, and see whether it comes out the same
 * `rlhf run --from ppo --until evaluate`: only these stages, on what the earlier ones left
 * `rlhf preset trl`: write another convention of PPO into params.yaml
+* `rlhf use smollm2`: make a profile, a file in profiles/, the params.yaml
 * `rlhf status`: what is done, what is out of date; `rlhf why ppo`: what changed, from what to what
 * `rlhf lineage models:/rlhf-actor@champion`: where it came from, down to the raw data
 * `rlhf reproduce HEAD`: do it again in a clean folder: do all digests agree?
+* `rlhf plan`: memory, work and time of every part, on this machine or on a GPU that you name
 * `rlhf gc`: what the store holds that nothing needs any more
 * `rlhf doctor`: is anything wrong with the configuration or the checkpoints?
 * `dvc repro`: the same work through DVC; `mlflow ui`: every run's curves and the registered models
@@ -87,6 +90,16 @@ def stage(name: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {ST
 def preset(name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(PRESETS)}.")]) -> None:
     """Write a known convention of PPO into params.yaml (docs/presets.md), and say what changed."""
     _write(Path.cwd(), preset_values(name), [])
+
+
+@app.command()
+def use(name: Annotated[str, typer.Argument(metavar="PROFILE", help="The name of a file in profiles/.")]) -> None:
+    """Make a profile, such as `smollm2`, the params.yaml, and say what changed; `rlhf use previous` goes back."""
+    root = Path.cwd()
+    with alone(root):
+        changes = use_profile(root, name)
+    for change in changes:
+        print(f"params.yaml: {change}")
 
 
 @app.command()
@@ -140,6 +153,19 @@ def reproduce(
     from flows import reproduce as reproduction
 
     sys.exit(0 if reproduction.reproduce(root, name, into) else 1)
+
+
+@app.command()
+def plan(
+    gpu: Annotated[str, typer.Option(metavar="GPU", help="On a GPU, such as H100, 2xA100 or 1x24GB.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say what the configuration needs before it is run: weights, memory, work and time of every part."""
+    root = Path.cwd()
+    params = load_params(root / "params.yaml")
+    from flows.plan import say_plan
+
+    say_plan(root, params, gpu, as_json=as_json)
 
 
 @app.command()

@@ -37,7 +37,12 @@ def new_actor(model: config.Model, tokenizer: Any, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "sft", "weights"))
         if (base := find_base(model)) is None:
-            return ready(LlamaForCausalLM(_scratch_config(model.scratch, tokenizer)), tokenizer)
+            return ready(
+                LlamaForCausalLM(
+                    scratch_settings(model.scratch, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+                ),
+                tokenizer,
+            )
         settings = load_settings(base)
         actor = _from_gguf(base, settings) if base.is_file() else load_actor(base, torch.device("cpu"))
         check_vocabulary(base, actor.get_input_embeddings().num_embeddings, tokenizer)
@@ -47,9 +52,10 @@ def new_actor(model: config.Model, tokenizer: Any, seed: int) -> Any:
         return ready(actor, tokenizer)
 
 
-def _scratch_config(scratch: config.Scratch, tokenizer: Any) -> LlamaConfig:
+def scratch_settings(scratch: config.Scratch, vocabulary: int, eos_id: int, pad_id: int) -> LlamaConfig:
+    """The configuration of the small Llama for a vocabulary of so many tokens."""
     return LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary,
         hidden_size=scratch.hidden_size,
         intermediate_size=scratch.intermediate_size,
         num_hidden_layers=scratch.layers,
@@ -58,8 +64,8 @@ def _scratch_config(scratch: config.Scratch, tokenizer: Any) -> LlamaConfig:
         max_position_embeddings=SCRATCH_POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos_id,
+        pad_token_id=pad_id,
     )
 
 

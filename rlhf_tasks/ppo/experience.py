@@ -109,18 +109,9 @@ def make_experience(
     def over(measure: Callable[[Batch], tuple[Tensor, ...]]) -> list[Tensor]:
         return per_token(measure, episodes, ppo.micro_batch_tokens, pad_id, next(actor.parameters()).device)
 
-    def policies(batch: Batch) -> tuple[Tensor, ...]:
-        logits = _logits(actor, batch)
-        ref_logits = _logits(ref, batch)
-        old = response_logprobs(logits, batch.tokens, temperature)
-        anchor = response_logprobs(ref_logits, batch.tokens, temperature)
-        if ppo.kl.estimator == "full":
-            kl = kl_full(logits / temperature, ref_logits / temperature)
-        else:
-            kl = kl_per_token(old, anchor, ppo.kl.estimator)
-        return old, anchor, entropy(logits, temperature), kl
-
-    old_logprobs, ref_logprobs, entropies, kl = over(policies)
+    old_logprobs, ref_logprobs, entropies, kl = over(
+        lambda batch: policy_measures(actor, ref, batch, temperature, ppo.kl.estimator)
+    )
     (old_values,) = over(lambda batch: (response_values(critic, batch),))
     (token_score,) = over(lambda batch: (response_scores(reward, batch),))
     mask = response_masks(episodes).to(old_logprobs.device)
@@ -179,6 +170,20 @@ def per_token(
         for target, part in zip(whole, parts, strict=True):
             target[rows, : part.shape[1]] = part * batch.mask
     return whole
+
+
+def policy_measures(
+    actor: Any, ref: Any, batch: Batch, temperature: float, estimator: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs of the response's tokens by Actor and Ref, the Actor's entropy, their KL: four times `[b, t]`."""
+    logits, ref_logits = _logits(actor, batch), _logits(ref, batch)
+    old = response_logprobs(logits, batch.tokens, temperature)
+    anchor = response_logprobs(ref_logits, batch.tokens, temperature)
+    if estimator == "full":
+        kl = kl_full(logits / temperature, ref_logits / temperature)
+    else:
+        kl = kl_per_token(old, anchor, estimator)
+    return old, anchor, entropy(logits, temperature), kl
 
 
 def response_masks(episodes: Episodes) -> Tensor:

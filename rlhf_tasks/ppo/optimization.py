@@ -104,14 +104,15 @@ def gradients(
         batch = episodes.batch(picked, pad_id, experience.mask.device)
         part = experience.rows(picked, batch.tokens.shape[1])
         if update_actor:
-            add_to(measured, _actor_gradient(actor.model, batch, part, ppo, temperature, count))
-        add_to(measured, _critic_gradient(critic.model, batch, part, ppo, count))
+            add_to(measured, actor_gradient(actor.model, batch, part, ppo, temperature, count))
+        add_to(measured, critic_gradient(critic.model, batch, part, ppo, count))
     return dict(measured)
 
 
-def _actor_gradient(
+def actor_gradient(
     actor: Any, batch: Batch, part: Experience, ppo: config.PPO, temperature: float, count: Tensor
 ) -> dict[str, float]:
+    """Add a micro-batch's gradient to the Actor's; `count` is the minibatch's tokens. Returns statistics."""
     logits = response_logits(actor, batch.input_ids, batch.attention_mask, batch.tokens.shape[1])
     logprobs = response_logprobs(logits, batch.tokens, temperature)
     result = actor_loss(
@@ -130,7 +131,8 @@ def _actor_gradient(
     }
 
 
-def _critic_gradient(critic: Any, batch: Batch, part: Experience, ppo: config.PPO, count: Tensor) -> dict[str, float]:
+def critic_gradient(critic: Any, batch: Batch, part: Experience, ppo: config.PPO, count: Tensor) -> dict[str, float]:
+    """The same for the Critic."""
     values = response_values(critic, batch)
     result = critic_loss(values, part.old_values, part.returns, part.mask, ppo.value_clip, count=count)
     result.loss.backward()

@@ -134,7 +134,7 @@ def test_a_limit_of_file_sizes_is_reached(copy_of: Project) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     assert "a size limit is reached" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
-    assert states(done.stdout) == {"prepare": "cached"}
+    assert states(done.stdout) == {"prepare": "done"}
     assert copy_of.rlhf("run", "--until", "reward").returncode == 0
     again = copy_of.rlhf("run", "--until", "reward", "--refresh")
     assert states(again.stdout) == dict.fromkeys(["prepare", "sft", "reward"], "done")

@@ -109,7 +109,7 @@ def test_ctrl_c_ends_at_once_and_the_run_goes_on_to_the_same_bits(
     project = make_project(tmp_path / "stopped", prefect_home)
     for has_begun in (in_sft, in_ppo):
         run = project.start(*door)
-        wait_until(partial(has_begun, project), 120, run.communicate)
+        wait_until(partial(has_begun, project), 300, run.communicate)
         kept, started = entries(project), time.monotonic()
         os.killpg(run.pid, signal.SIGINT)
         output, errors = run.communicate(timeout=60)

@@ -1,0 +1,129 @@
+"""What a machine can do: memory, and the rates that time is estimated from. Measured here, or from a data sheet."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import psutil
+import torch
+from transformers import LlamaConfig, LlamaModel
+
+from rlhf_tasks.errors import UserError
+from rlhf_tasks.meter import Meter, Need
+
+GB = 1e9
+MATRIX, VECTOR, TRIES = 1024, 1 << 24, 5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates may be unknown (None): then there is no time to tell.
+
+    Attributes:
+        memory: bytes that a run may use.
+        baseline: bytes that the process needs before it has any tensor.
+        flops: floating-point operations a second, of float32 matrix products.
+        bandwidth: bytes a second.
+        operation: seconds that an operation costs however small it is.
+    """
+
+    name: str
+    memory: float
+    baseline: float = 0.0
+    flops: float | None = None
+    bandwidth: float | None = None
+    operation: float = 0.0
+
+    def seconds(self, need: Need) -> float | None:
+        """How long a piece of work takes, roughly: nothing overlaps, and the caches are of no help."""
+        if self.flops is None or self.bandwidth is None:
+            return None
+        return need.flops / self.flops + need.moved / self.bandwidth + need.operations * self.operation
+
+
+#: memory in GB, float32 TFLOP/s without tensor cores, TB/s: NVIDIA's data sheets
+GPUS = {
+    "T4": (16, 8.1, 0.32),
+    "V100": (32, 15.7, 0.9),
+    "A10": (24, 31.2, 0.6),
+    "L4": (24, 30.3, 0.3),
+    "RTX3090": (24, 35.6, 0.936),
+    "RTX4090": (24, 82.6, 1.008),
+    "L40S": (48, 91.6, 0.864),
+    "A100-40": (40, 19.5, 1.555),
+    "A100": (80, 19.5, 2.039),
+    "H100": (80, 67.0, 3.35),
+    "H200": (141, 67.0, 4.8),
+}
+LAUNCH = 10e-6  # seconds that a GPU waits for Python to launch an operation, about
+
+
+def this_machine(threads: int) -> Machine:
+    """This machine's CPU, its rates measured now, in about two seconds."""
+    torch.set_num_threads(threads)
+    a, b = torch.rand(MATRIX, MATRIX), torch.rand(MATRIX, MATRIX)
+    flops = 2 * MATRIX**3 / _fastest(partial(torch.mm, a, b))
+    x, y = torch.rand(VECTOR), torch.rand(VECTOR)
+    bandwidth = 3 * x.nbytes / _fastest(partial(torch.add, x, y))
+    name = f"this machine, {threads} thread{'s' * (threads > 1)}"
+    return Machine(name, psutil.virtual_memory().total, _baseline(), flops, bandwidth, _operation_seconds())
+
+
+def named_gpu(text: str) -> tuple[int, Machine]:
+    """`H100`, `2xH100` or `1x24GB`: how many GPUs, and one of them.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    match = re.fullmatch(r"(?:(\d+)x)?(?:([\d.]+) ?GB|([\w-]+))", text.strip(), re.IGNORECASE)
+    count = int(match[1] or 1) if match else 0
+    if match is None or not count:
+        raise UserError(f"--gpu {text}: expected a name or a size, such as H100, 2xA100 or 1x24GB")
+    if match[2]:
+        return count, Machine(f"a GPU of {match[2]} GB", float(match[2]) * GB)
+    names = {name.lower(): name for name in GPUS}
+    if match[3].lower() not in names:
+        near = difflib.get_close_matches(match[3].lower(), names, n=1)
+        hint = f"did you mean {names[near[0]]}? " if near else ""
+        raise UserError(f"--gpu {text}: {hint}Known are {', '.join(GPUS)}, or a size such as 24GB")
+    name = names[match[3].lower()]
+    memory, teraflops, terabytes = GPUS[name]
+    return count, Machine(name, memory * GB, 0.0, teraflops * 1e12, terabytes * 1e12, LAUNCH)
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of some tries."""
+    seconds = []
+    for _ in range(TRIES):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def _operation_seconds() -> float:
+    """What an operation of a model costs in Python when there is next to nothing to compute."""
+    tiny = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
+    model = LlamaModel(LlamaConfig(vocab_size=8, num_hidden_layers=8, **tiny)).eval()
+    ids = torch.ones(1, 2, dtype=torch.long)
+    with torch.no_grad():
+        with Meter() as meter, meter.measure() as found:
+            model(ids)
+        return _fastest(partial(model, ids)) / found[0].operations
+
+
+def _baseline() -> float:
+    """Resident bytes of a process that has imported what a stage's does, and done nothing."""
+    code = (
+        "import psutil, flows.pipeline, rlhf_tasks.ppo_stage, rlhf_tasks.evaluate, rlhf_tasks.data.prepare; "
+        "print(psutil.Process().memory_info().rss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else 0.0
