@@ -58,7 +58,7 @@ def _say(
     console.print(f"Memory at most {_gigabytes(peak)} of {_gigabytes(machine.memory)}: {fits}.")
     now = params.ppo.micro_batch_tokens
     room = f"{largest:,}" if largest else "none: not even one row fits"
-    console.print(f"Largest `ppo.micro_batch_tokens` that fits and is of use: {room} (now {now:,}).")
+    console.print(f"Largest `ppo.micro_batch_tokens` that fits and is of use: {room} (now {now:,}).", soft_wrap=True)
     state = FLOAT * 3 * (sizes.actor + sizes.scorer)
     console.print(f"On disk: {_gigabytes(state)} for each of PPO's states, of which two are kept.")
     if count > 1:

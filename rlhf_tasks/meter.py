@@ -90,7 +90,7 @@ class Meter(TorchDispatchMode):
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in outputs:
             self._hold(tensor)
-        if func.is_view:
+        if func.is_view or not outputs:
             return result
         self._operations += 1
         if (formula := flop_registry.get(func.overloadpacket)) is not None:

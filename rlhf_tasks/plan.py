@@ -7,6 +7,7 @@ bandwidth, and a cost for every operation.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -135,10 +136,16 @@ def largest_micro_batch(params: Params, settings: Any, amounts: Amounts, room: f
         max(phase.need.peak for phase in _ppo(params, settings, amounts, rows * width))
         for rows in (1, params.ppo.batch)
     )
+    rows = rows_that_fit(one, many, params.ppo.batch, room)
+    return width * rows if rows else None
+
+
+def rows_that_fit(one: float, many: float, rows: int, room: float) -> int:
+    """How many of `rows` fit into `room`, if one takes `one` and all take `many`; 0 if not even one does."""
     if one > room:
-        return None
-    a_row = max(1.0, (many - one) / max(1, params.ppo.batch - 1))
-    return width * min(params.ppo.batch, 1 + int((room - one) / a_row))
+        return 0
+    a_row = (many - one) / max(1, rows - 1)
+    return rows if many <= room else 1 + int((room - one) / a_row)
 
 
 def _sft(params: Params, settings: Any, amounts: Amounts) -> Iterator[Phase]:
@@ -318,7 +325,8 @@ def _actor(settings: Any) -> Any:
 
 
 def _scorer(settings: Any) -> Any:
-    labelled = type(settings).from_dict(settings.to_dict() | {"num_labels": 1, "pad_token_id": 0})
+    labelled = copy.deepcopy(settings)
+    labelled.num_labels, labelled.pad_token_id = 1, 0
     return AutoModelForSequenceClassification.from_config(labelled, dtype=torch.float32).eval()
 
 

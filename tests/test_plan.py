@@ -1,0 +1,178 @@
+"""`rlhf plan`: tensors without data need what real ones need; sizes, fits and GPUs are told truly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from changes import with_params
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flows.plan import say_plan
+from rlhf_tasks.engine import Workspace
+from rlhf_tasks.errors import UserError
+from rlhf_tasks.machine import GPUS, Machine, named_gpu, this_machine
+from rlhf_tasks.meter import Meter, Need, without_data
+from rlhf_tasks.plan import Amounts, _ppo, amounts_of, largest_micro_batch, phases, rows_that_fit, settings_of, sizes_of
+from rlhf_tasks.training import adamw
+
+TINY = LlamaConfig(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    tie_word_embeddings=True,
+)
+AMOUNTS = Amounts(1000, 500, 5.0, 20.0, 40, known=True)
+
+
+def train(meter: Meter) -> Need:
+    """Two steps of a small model on ragged rows; what the second one needs."""
+    model = LlamaForCausalLM(TINY)
+    optimizer = adamw(model.parameters(), 1e-3)
+    ids, mask = torch.ones(8, 24, dtype=torch.long), torch.ones(8, 24, dtype=torch.long)
+    mask[0, :5] = 0
+    for _ in range(2):
+        with meter.measure() as found:
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            del logits
+    return found[0]
+
+
+def test_tensors_without_data_need_what_real_ones_need() -> None:
+    with Meter() as meter:
+        real = train(meter)
+    with without_data() as meter:
+        pretended = train(meter)
+    assert (pretended.peak, pretended.flops) == (real.peak, real.flops)
+    assert pretended.moved == pytest.approx(real.moved, rel=0.01)
+    assert pretended.operations == pytest.approx(real.operations, rel=0.05)
+    assert real.flops > 6 * 18e3 * 8 * 24  # six for every weight of a matrix and every token
+
+
+def test_what_is_counted() -> None:
+    with without_data() as meter, meter.measure() as found:
+        a, b = torch.zeros(10, 20), torch.zeros(20, 30)
+        c = a @ b
+        del a, b
+        d = c + c
+    assert found[0] == Need(
+        peak=4 * (200 + 600 + 300), flops=2 * 10 * 20 * 30, moved=4 * (200 + 600 + 900), operations=4
+    )
+    assert meter.held == 4 * 600
+    assert d.shape == (10, 30)
+
+
+def test_sizes_are_those_of_the_models() -> None:
+    sizes = sizes_of(TINY)
+    model = LlamaForCausalLM(TINY)
+    assert sizes.actor == sum(p.numel() for p in model.parameters())
+    assert sizes.scorer == sizes.actor + TINY.hidden_size
+    assert sizes.embeddings == 300 * 32
+
+
+def test_every_stage_that_works_is_planned(sketch: Workspace) -> None:
+    found = list(phases(sketch.params, TINY, AMOUNTS))
+    assert {phase.stage for phase in found} == {"sft", "reward", "ppo", "evaluate"}
+    by_name = {(phase.stage, phase.name): phase for phase in found}
+    weights = 4 * sizes_of(TINY).actor
+    assert by_name["sft", "training"].need.peak > 4 * weights  # weights, gradient, two moments
+    assert by_name["ppo", "optimization"].need.peak > 9 * weights
+    assert by_name["ppo", "optimization"].need.flops > by_name["ppo", "evaluation"].need.flops
+    more = with_params(sketch, f"ppo.iterations={2 * sketch.params.ppo.iterations}").params
+    assert next(_ppo(more, TINY, AMOUNTS, 100)).need.flops == 2 * by_name["ppo", "rollout"].need.flops
+
+
+def test_the_largest_micro_batch_is_the_largest(sketch: Workspace) -> None:
+    params = with_params(sketch, "ppo.batch=64", "generation.max_new_tokens=20").params
+
+    def peak(budget: int) -> int:
+        return max(
+            p.need.peak for p in phases(params, TINY, AMOUNTS, budget) if p.stage == "ppo" and p.name != "rollout"
+        )
+
+    room = (peak(25) + peak(64 * 25)) / 2
+    largest = largest_micro_batch(params, TINY, AMOUNTS, room)
+    assert largest
+    assert peak(largest) <= room * 1.001
+    assert peak(largest + 2 * 25) > room
+
+
+@given(one=st.integers(1, 10**6), a_row=st.integers(0, 10**5), rows=st.integers(1, 100), room=st.integers(1, 10**7))
+def test_rows_fit_while_there_is_room(one: int, a_row: int, rows: int, room: int) -> None:
+    fit = rows_that_fit(one, one + a_row * (rows - 1), rows, room)
+    assert 0 <= fit <= rows
+    assert fit == 0 or one + a_row * (fit - 1) <= room
+    assert fit == rows or one + a_row * fit > room
+
+
+@settings(deadline=None)
+@given(name=st.sampled_from(sorted(GPUS)), count=st.integers(1, 64), lower=st.booleans())
+def test_gpus_by_name(name: str, count: int, lower: bool) -> None:
+    text = f"{count}x{name.lower() if lower else name}"
+    assert named_gpu(text) == (count, named_gpu(name)[1])
+    assert named_gpu(name)[1].memory == GPUS[name][0] * 1e9
+
+
+def test_gpus_by_size_and_what_is_none() -> None:
+    assert named_gpu("24GB")[1].memory == 24e9
+    assert named_gpu("24GB")[1].seconds(Need(flops=1.0)) is None
+    with pytest.raises(UserError, match="did you mean H100"):
+        named_gpu("H10O")
+    for wrong in ("", "0xH100", "2x", "-1xH100"):
+        with pytest.raises(UserError, match=r"--gpu"):
+            named_gpu(wrong)
+
+
+def test_this_machine_is_measured() -> None:
+    machine = this_machine(1)
+    assert machine.baseline > 1e8
+    assert machine.flops
+    assert machine.bandwidth
+    more = Need(flops=2e12, moved=2e9, operations=2e3)
+    assert machine.seconds(more) == pytest.approx(2 * (machine.seconds(Need(0, 1e12, 1e9, 1e3)) or 0))
+
+
+def test_what_prepare_counted_is_used_where_it_is(sketch: Workspace) -> None:
+    path = sketch.root / "metrics/prepare.json"
+    tokens = {"prompt": {"mean": 3.5, "max": 7}, "response": {"mean": 20.5, "max": 24}}
+    path.write_text(json.dumps({"sft_train": 10, "pairs_train": 5, "details": {"tokens": {"sft_train": tokens}}}))
+    assert amounts_of(sketch.root, sketch.params) == Amounts(10, 5, 3.5, 20.5, 31, known=True)
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"prepare.json: not what `prepare` writes"):
+        amounts_of(sketch.root, sketch.params)
+    path.unlink()
+    assert not amounts_of(sketch.root, sketch.params).known
+
+
+def test_the_plan_as_it_is_printed(sketch: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    (sketch.root / "metrics/prepare.json").unlink()
+    say_plan(sketch.root, sketch.params, "2xT4", as_json=True)
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert document["gpus"] == 2
+    assert document["weights"]["actor"] == sizes_of(settings_of(sketch.root, sketch.params)).actor
+    say_plan(sketch.root, sketch.params, "0.001GB", as_json=False)
+    said = capsys.readouterr().out
+    for words in ("On a GPU of 0.001 GB", "DOES NOT FIT", "not even one row fits", "The data is not prepared"):
+        assert words in said
+
+
+def test_a_machine_without_rates_tells_no_time() -> None:
+    assert Machine("x", 1e9).seconds(Need(1, 1.0, 1.0, 1.0)) is None
+
+
+def test_a_base_folder_is_planned_by_its_settings(sketch: Workspace, write_model: Any) -> None:
+    write_model(sketch.root / "base")
+    project = with_params(sketch, "model.base=base")
+    facts = json.loads((Path(sketch.root) / "base/config.json").read_text())
+    assert settings_of(sketch.root, project.params).hidden_size == facts["hidden_size"]
