@@ -131,11 +131,12 @@ def run_stages(root: Path, stages: list[Stage], orders: Orders) -> dict[str, Any
             with record.stage(stage) as stage_record:
                 # What DVC said of a stage holds only as long as nothing before it has changed.
                 vouched = untouched and stage.name not in outdated and not orders.refresh
-                entry, fresh = bring_up_to_date(workspace, stage, stage_record, orders, vouched=vouched)
+                job = engine.plan(workspace, stage)
+                entry, fresh = bring_up_to_date(workspace, job, stage_record, orders, vouched=vouched)
                 if before.get(stage.name, entry.digest) != entry.digest:
                     log.warning("%s: done again, it came out different, now %s", stage.name, entry.digest)
                 untouched = untouched and not fresh
-                record_with_dvc(workspace, stage, entry, stale=fresh or stage.name in outdated)
+                record_with_dvc(workspace, stage, job, stale=fresh or stage.name in outdated)
                 if stage.name == "register":
                     stage_record.settle()
                     say_settled(workspace.params.register_.name, stage_record.settled)
@@ -147,7 +148,7 @@ def run_stages(root: Path, stages: list[Stage], orders: Orders) -> dict[str, Any
 
 
 def bring_up_to_date(
-    workspace: Workspace, stage: Stage, record: StageRecord, orders: Orders, *, vouched: bool
+    workspace: Workspace, job: Job, record: StageRecord, orders: Orders, *, vouched: bool
 ) -> tuple[Entry, bool]:
     """Find a stage's result or make it, and have it in the workspace.
 
@@ -157,7 +158,7 @@ def bring_up_to_date(
     Returns:
         The result, and whether the workspace changed.
     """
-    job, started = engine.plan(workspace, stage), time.monotonic()
+    stage, started = STAGES[job.stage], time.monotonic()
     hit = find_result(workspace, job, vouched=vouched)
     try:
         if hit:
@@ -172,7 +173,7 @@ def bring_up_to_date(
     except DamagedEntry as error:
         log.warning("%s; the stage %s is done again", error, stage.name)
         engine.forget(workspace, job)
-        return bring_up_to_date(workspace, stage, record, orders, vouched=False)
+        return bring_up_to_date(workspace, job, record, orders, vouched=False)
     record.finished(entry, cached=hit is not None)
     how, seconds = "cached" if hit else "done", time.monotonic() - started
     say_stage(stage.name, how, seconds, headline(stage.name, entry.manifest["metrics"]))
@@ -243,7 +244,7 @@ def find_result(workspace: Workspace, job: Job, *, vouched: bool) -> Entry | Non
     return engine.adopt(workspace, job) if vouched else None
 
 
-def record_with_dvc(workspace: Workspace, stage: Stage, entry: Entry, *, stale: bool) -> None:
+def record_with_dvc(workspace: Workspace, stage: Stage, job: Job, *, stale: bool) -> None:
     """Write the stage into dvc.lock if that is stale, unless what the stage read has changed since it began.
 
     `dvc commit` and `dvc repro` record whatever is on disk, so an edit made while the stage ran would be blessed. The
@@ -252,7 +253,6 @@ def record_with_dvc(workspace: Workspace, stage: Stage, entry: Entry, *, stale: 
     Raises:
         UserError: parameters, inputs or code changed; dvc.lock is as it was.
     """
-    job = Job(stage.name, entry.answers, entry.manifest["identity"])
     lock = workspace.root / "dvc.lock"
     before = lock.read_bytes() if lock.exists() else None
     changed = engine.changed_since(workspace, job)
@@ -260,7 +260,8 @@ def record_with_dvc(workspace: Workspace, stage: Stage, entry: Entry, *, stale: 
         versioning.record(workspace.root, stage)
         changed = engine.changed_since(workspace, job)
         if changed and before is not None:
-            lock.write_bytes(before)
+            lock.with_name("dvc.lock.old").write_bytes(before)
+            lock.with_name("dvc.lock.old").replace(lock)
         elif changed:
             lock.unlink()
     if changed:

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 ITERATION = "ppo-iteration"
 PAYLOADS_KEPT = 2
 STATE = {"actor", "critic", "actor_optimizer.safetensors", "critic_optimizer.safetensors", "state.json"}
+SHORTEST = 1e-6  # seconds: somebody else's manifest may say 0
 SAVING_SHARE = 0.05  # of the time, with `saving.iterations_per_task: auto`
 
 
@@ -89,10 +90,10 @@ def _cheap_length(done: list[dict[str, float]], left: int) -> int:
     The first iteration's save is the first measurement. If saving was dearer so far, less of it follows, but no task is
     more than three times as long as a save is worth: a kill costs a task.
     """
-    saves = [perf["save_seconds"] for perf in done if "save_seconds" in perf]
+    saves = [max(perf["save_seconds"], SHORTEST) for perf in done if "save_seconds" in perf]
     if not saves:
         return 1
-    seconds = fmean(perf["seconds"] for perf in done)
+    seconds = max(fmean(perf.get("seconds", 0.0) for perf in done), SHORTEST)
     affordable = SAVING_SHARE * seconds * (len(done) + left) - sum(saves)
     count = max(1, math.floor(affordable / saves[-1]))
     return min(math.ceil(left / count), 3 * math.ceil(saves[-1] / (SAVING_SHARE * seconds)))
@@ -146,7 +147,7 @@ def finish(workspace: Workspace, job: Job, iterations: list[Entry]) -> Entry:
         series = [row for entry in iterations for row in entry.manifest["series"]]
         engine.save_curve(stage, out, series)
         engine.save_lineage(job, out)
-        perf = {"seconds": sum(entry.manifest["perf"]["seconds"] for entry in iterations)}
+        perf = {"seconds": sum(entry.manifest["perf"].get("seconds", 0.0) for entry in iterations)}
         check()
         return store.commit(job.key, out, job.identity, metrics=metrics, series=series, perf=perf)
 
@@ -188,5 +189,10 @@ def _trainer(workspace: Workspace, parent: Entry | None) -> Any:
     stage = STAGES["ppo"]
     arguments = {name: workspace.params.section(name) for name in stage.sections}
     arguments |= {name: workspace.root / path for name, path in stage.inputs.items()}
-    trainer = importlib.import_module(stage.module).Trainer
-    return trainer.load(**arguments, parent=parent.payload if parent else None)
+    module = importlib.import_module(stage.module)
+    try:
+        return module.Trainer.load(**arguments, parent=parent.payload if parent else None)
+    except module.BadState as error:
+        assert parent
+        parent.prune()  # its digests are right, so nothing else would keep it from being tried again
+        raise DamagedEntry(f"{parent.payload}: not a state to go on from ({error})") from None

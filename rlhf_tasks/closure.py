@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import distribution, packages_distributions, version
 from pathlib import Path
 
 from rlhf_tasks.errors import UserError
@@ -49,13 +50,36 @@ def installed_closure(module: str) -> dict[str, Path]:
 
 def libraries_of(module: str, root: Path) -> dict[str, str]:
     """The versions of the installed libraries that a user's module, or what it imports of the project, imports."""
+    makers = {maker for top in _imported_libraries(module, root) for maker in _distributions().get(top, ())}
+    return {maker: version(maker) for maker in sorted(makers)}
+
+
+def foreign_sources(module: str, root: Path) -> dict[str, Path]:
+    """The files outside the project that a user's module runs and no version tells apart, by their names in a package.
+
+    They are its own, if it is installed, and those of what it imports from PYTHONPATH or an editable install.
+    """
+    loose = [top for top in _imported_libraries(module, root) if _is_loose(top)]
+    own = [] if user_closure(module, root) else [module]
+    return {name: path for top in own + loose for name, path in installed_closure(top).items()}
+
+
+def _imported_libraries(module: str, root: Path) -> list[str]:
+    """The top-level modules from elsewhere that a user's module, or what it imports of its own, imports."""
     files = [root / name for name in user_closure(module, root)] or list(installed_closure(module).values())
     nodes = [node for path in files for node in _running_nodes(_parse(path, path.parent))]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-    tops = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {PACKAGE}
-    makers = _distributions() if tops else {}
-    return {distribution: version(distribution) for top in sorted(tops) for distribution in makers.get(top, ())}
+    tops = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    tops -= {PACKAGE, module.partition(".")[0]}
+    return sorted(top for top in tops if not _file_of(top, root).exists())
+
+
+def _is_loose(top: str) -> bool:
+    """Whether a module may change while no version does."""
+    makers = _distributions().get(top, [])
+    origins = [json.loads(distribution(maker).read_text("direct_url.json") or "{}") for maker in makers]
+    return not makers or any(origin.get("dir_info", {}).get("editable") for origin in origins)
 
 
 @cache
@@ -81,8 +105,9 @@ def _closure(module: str, root: Path) -> tuple[str, ...]:
 
 
 def _file_of(module: str, root: Path) -> Path:
+    """Where a module would lie: a package comes before a module of the same name, and that before a mere folder."""
     base = root.joinpath(*module.split("."))
-    return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    return package if (package := base / "__init__.py").exists() else base.with_name(base.name + ".py")
 
 
 def _imports(name: str, path: Path, root: Path, package: str) -> Iterator[str]:
@@ -112,7 +137,7 @@ def _parse(path: Path, root: Path) -> ast.Module:
             with suppress(SystemError):  # CPython 3.11 counts recursion for all threads; another one parsed meanwhile
                 return ast.parse(text)
         return ast.parse(text)
-    except (SyntaxError, ValueError) as error:  # ValueError: bytes that are no UTF-8, or 0
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # ValueError: bytes that are no UTF-8, or 0
         place = f"{path.relative_to(root)}:{getattr(error, 'lineno', None) or 1}"
         raise UserError(f"{place}: not readable as Python: {getattr(error, 'msg', error)}") from None
 
@@ -128,7 +153,10 @@ def _absolute(node: ast.ImportFrom, name: str, path: Path) -> str:
 
 def _running_nodes(tree: ast.AST) -> Iterator[ast.AST]:
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for other in node.orelse:
+                yield other
+                yield from _running_nodes(other)
             continue
         yield node
         yield from _running_nodes(node)

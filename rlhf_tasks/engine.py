@@ -14,6 +14,8 @@ import json
 import logging
 import os
 import platform
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rlhf_tasks.base import not_found
-from rlhf_tasks.closure import PACKAGE, SOURCE_ROOT, import_closure, installed_closure, libraries_of, user_closure
+from rlhf_tasks.closure import PACKAGE, SOURCE_ROOT, foreign_sources, import_closure, libraries_of, user_closure
 from rlhf_tasks.config import Params, load_params
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import LINEAGE, STAGES, Stage, producer
@@ -41,11 +43,13 @@ _SIMD = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
 #: variables that make torch's libraries choose other instructions or other orders of summing
 _SWITCHES = (
     "ATEN_CPU_CAPABILITY",
+    "DNNL_DEFAULT_FPMATH_MODE",
     "DNNL_MAX_CPU_ISA",
     "MKL_CBWR",
     "MKL_DEBUG_CPU_TYPE",
     "MKL_ENABLE_INSTRUCTIONS",
     "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
@@ -126,7 +130,7 @@ def identity(
         "stage": stage.name,
         "parameters": settings,
         "inputs": _input_digests(workspace, stage, coming),
-        "code": {file: _CODE[file] for file in import_closure(stage.module)} | _installed_code(workspace, stage),
+        "code": {file: _CODE[file] for file in import_closure(stage.module)} | _foreign_code(workspace, stage),
         "environment": _environment(stage, workspace.params.runtime.device) | _libraries_of_function(workspace, stage),
     }
 
@@ -176,12 +180,11 @@ def _libraries_of_function(workspace: Workspace, stage: Stage) -> dict[str, str]
     return libraries_of(module, workspace.root.resolve()) if module else {}
 
 
-def _installed_code(workspace: Workspace, stage: Stage) -> dict[str, str]:
-    """Digests of an installed reward function's sources; those of one in the project are inputs, as files are."""
+def _foreign_code(workspace: Workspace, stage: Stage) -> dict[str, str]:
+    """Digests of what a reward function runs from elsewhere; its files in the project are inputs."""
     module = _function_module(workspace.params, stage)
-    if not module or user_closure(module, workspace.root.resolve()):
-        return {}
-    return {f"installed: {name}": digest_file(path) for name, path in installed_closure(module).items()}
+    sources = foreign_sources(module, workspace.root.resolve()) if module else {}
+    return {f"installed: {name}": digest_file(path) for name, path in sources.items()}
 
 
 def _input_digests(
@@ -212,7 +215,7 @@ def _environment(stage: Stage, device: str) -> dict[str, Any]:
     facts: dict[str, Any] = {"python": ".".join(platform.python_version_tuple()[:2])}
     facts |= {name: version(name) for name in stage.libraries}
     if "runtime" in stage.sections:
-        facts |= {"machine": platform.machine(), "simd": _simd(), "dtype": "float32"}
+        facts |= {"machine": platform.machine(), "cpu": _cpu_vendor(), "simd": _simd(), "dtype": "float32"}
         facts |= {name: os.environ[name] for name in _SWITCHES if name in os.environ}
         facts |= _gpu() if device == "cuda" else {}
     return facts
@@ -228,11 +231,22 @@ def _gpu() -> dict[str, str | None]:
 
 
 def _simd() -> list[str]:
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return []
+    flags = set(_cpuinfo().split())
     return [name for name in _SIMD if name in flags]
+
+
+def _cpu_vendor() -> str:
+    """Who made the CPU: MKL and oneDNN look at that too when they choose their code."""
+    found = re.search(r"^vendor_id\s*:\s*(\S+)", _cpuinfo(), re.MULTILINE)
+    return found[1] if found else "unknown"
+
+
+@cache
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
 
 
 def present(workspace: Workspace, job: Job) -> bool:
@@ -289,8 +303,10 @@ def nothing_changes(workspace: Workspace, stage: Stage, job: Job) -> Iterator[Ca
 
 
 def forget(workspace: Workspace, job: Job) -> None:
-    """Drop what the store has of a job, finished or begun: it will be done from its start."""
+    """Drop what the store has of a job, finished, adopted for it or begun: it will be done from its start."""
     workspace.store.discard(job.key)
+    while entry := find(workspace, job):
+        workspace.store.discard(entry.folder.name)
     workspace.store.forget_partial(job.key)
 
 
@@ -298,7 +314,7 @@ def perform(workspace: Workspace, job: Job, watch: Watch) -> Entry:
     """Do a stage's work and store it, unless another process has just done so."""
     stage, params, store = STAGES[job.stage], workspace.params, workspace.store
     with store.lock(job.key):
-        entry = store.find(job.key)
+        entry = find(workspace, job)
         if entry and entry.has_payload():
             return entry
         arguments = {("register_" if n == "register" else n): params.section(n) for n in stage.sections}
@@ -328,12 +344,17 @@ class Recorder:
         self.series: list[dict[str, Any]] = []
 
     def __enter__(self) -> Recorder:
+        if self._path.is_dir():
+            shutil.rmtree(self._path)
         lines = self._path.read_bytes().split(b"\n")[:-1] if self._path.exists() else []
         try:
             for line in lines:
                 row = json.loads(line)
+                if not all(isinstance(n, int | float) for n in (row["step"], row["time_ms"], *row["values"].values())):
+                    raise ValueError("no numbers")
                 self._keep({name: row[name] for name in ("step", "time_ms", "values")})
-        except (ValueError, TypeError, KeyError):  # a power cut leaves zeros: the steps go on, their record has a gap
+        # a power cut leaves zeros, and others on the same store anything: the steps go on, their record has a gap
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             log.warning("%s: damaged; what follows of it is lost, the training is not", self._path)
         rewritten = self._path.with_suffix(".new")
         rewritten.write_text("".join(json.dumps(row) + "\n" for row in self.series))

@@ -7,6 +7,7 @@ lineage/dvc.lock       DVC's digests of every stage's deps and outs
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import tempfile
@@ -61,13 +62,15 @@ def origin_of_version(root: Path, uri: str) -> Origin:
     tracker = Tracker(root)
     with answered(tracker.uri):
         found = find_registered(uri, tracker.uri)
-    try:
-        origin = _fetch(tracker, found.run_id)
-    except FileNotFoundError:
+    for run in found.runs:
+        with contextlib.suppress(FileNotFoundError):
+            origin = _fetch(tracker, run)
+            break
+    else:
         raise UserError(
             f"{uri}: version {found.version} has no lineage; it was not registered by this pipeline, or its run "
-            f"{found.run_id} was deleted"
-        ) from None
+            f"{found.runs[-1]} was deleted"
+        )
     origin.document["model"] = {"name": found.name, "version": found.version, "created": found.created}
     return origin
 
@@ -82,13 +85,14 @@ def keys_of_versions(root: Path) -> set[str]:
         return set()
     tracker, keys = Tracker(root), set[str]()
     with answered(tracker.uri):
-        versions = [version for version in registered_versions(tracker.uri) if tracker.has_run(version.run_id)]
-    for version in versions:
+        pairs = [(version, run) for version in registered_versions(tracker.uri) for run in version.runs]
+        pairs = [(version, run) for version, run in pairs if tracker.has_run(run)]
+    for version, run in pairs:
         try:
-            document = _fetch(tracker, version.run_id).document
+            document = _fetch(tracker, run).document
         except FileNotFoundError:
             raise UserError(
-                f"models:/{version.name}/{version.version}: found no lineage with its MLflow run {version.run_id}, so "
+                f"models:/{version.name}/{version.version}: found no lineage with its MLflow run {run}, so "
                 "nobody knows what it needs; make the server's artifacts reachable, or delete that version"
             ) from None
         keys |= {facts["key"] for facts in document["stages"].values()}

@@ -34,13 +34,17 @@ from rlhf_tasks.ppo.iteration import Fixed, PPOState, iterate
 from rlhf_tasks.ppo.optimization import Learner
 from rlhf_tasks.ppo.rollout import Sampling
 from rlhf_tasks.reward_function import load_reward_function
-from rlhf_tasks.training import adamw, load_optimizer_tensors, optimizer_tensors
+from rlhf_tasks.training import DAMAGE, adamw, load_optimizer_tensors, optimizer_tensors
 
 if TYPE_CHECKING:
     from rlhf_tasks import config
 
 
 log = logging.getLogger(__name__)
+
+
+class BadState(RuntimeError):
+    """What lies in a parent's folder is no state of these models: somebody else's, since its digests are right."""
 
 
 @dataclass
@@ -66,7 +70,11 @@ class Trainer:
         reward: Path,
         parent: Path | None,
     ) -> Trainer:
-        """From an iteration's saved state (`parent`), or, before the first, from the SFT and Reward checkpoints."""
+        """From an iteration's saved state (`parent`), or, before the first, from the SFT and Reward checkpoints.
+
+        Raises:
+            BadState: the parent's files are not a state of these models.
+        """
         warn_of_bias(generation, ppo)
         device, tokenizer = set_up_torch(runtime), load_tokenizer(sft)
         actor = load_actor(parent / "actor" if parent else sft, device)
@@ -97,7 +105,10 @@ class Trainer:
             ),
         )
         if parent:
-            load_state(parent, state)
+            try:
+                load_state(parent, state)
+            except DAMAGE as error:
+                raise BadState(str(error)) from error
         return cls(state, fixed, ppo, seed)
 
     def step(self) -> tuple[dict[str, float], dict[str, float]]:

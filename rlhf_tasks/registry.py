@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHAMPION, CHALLENGER, DIGEST, GATE = "champion", "challenger", "actor_digest", "gate"
+CHAMPION, CHALLENGER, DIGEST, GATE, JUDGED = "champion", "challenger", "actor_digest", "gate", "gate_run"
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the second where only an alias is missing
 _TOLD = 8  # versions in a sentence
 
@@ -131,7 +131,7 @@ def settle(
     )
     previous = champion(register_.name, tracking.uri)
     outcomes = gate(_numbers(evaluation), register_.gate)
-    _tag_verdict(register_.name, version, outcomes, tracking.uri)
+    _tag_verdict(register_.name, version, outcomes, tracking)
     if not all(outcome.passed for outcome in outcomes):
         return Settled(version, previous, previous)
     previous = promote(register_.name, version, tracking.uri, tracking.lock)
@@ -183,11 +183,16 @@ def find_version(name: str, actor_digest: str, tracking_uri: str) -> int | None:
 
 @dataclass(frozen=True)
 class Registered:
-    """A version, the run that registered it, and when (UTC)."""
+    """A registered version.
+
+    Attributes:
+        runs: the run in which the gate came to its present verdict, and, if another one registered it, that.
+        created: when it was registered (UTC).
+    """
 
     name: str
     version: int
-    run_id: str
+    runs: tuple[str, ...]
     created: str
 
 
@@ -224,7 +229,8 @@ def find_registered(uri: str, tracking_uri: str) -> Registered:
 
 def _registered(found: ModelVersion) -> Registered:
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(found.creation_timestamp / 1000))
-    return Registered(found.name, int(found.version), str(found.run_id), created)
+    runs = dict.fromkeys((found.tags.get(JUDGED) or str(found.run_id), str(found.run_id)))
+    return Registered(found.name, int(found.version), tuple(runs), created)
 
 
 def _what_there_is(client: MlflowClient, name: str, missing: str) -> str:
@@ -241,11 +247,13 @@ def _what_there_is(client: MlflowClient, name: str, missing: str) -> str:
     return f"{name} has {missing} in the MLflow registry, expected one of its versions: {', '.join(told)}{more}"
 
 
-def _tag_verdict(name: str, version: int, outcomes: list[Outcome], tracking_uri: str) -> None:
-    """Say with the version what the gate said of it, so that the registry can tell why it is not champion."""
+def _tag_verdict(name: str, version: int, outcomes: list[Outcome], tracking: TrackingContext) -> None:
+    """Say with the version what the gate said of it and in which run, so that the registry can tell why it is champion
+    or is not."""
     failed = [f"{o.name} {o.found:.4g}, limit {o.limit:.4g}" for o in outcomes if not o.passed]
-    verdict, client = f"failed: {'; '.join(failed)}" if failed else "passed", MlflowClient(tracking_uri)
+    verdict, client = f"failed: {'; '.join(failed)}" if failed else "passed", MlflowClient(tracking.uri)
     if client.get_model_version(name, str(version)).tags.get(GATE) != verdict:
+        client.set_model_version_tag(name, str(version), JUDGED, tracking.run_id)  # first: it is harmless alone
         client.set_model_version_tag(name, str(version), GATE, verdict)
 
 

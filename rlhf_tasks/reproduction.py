@@ -87,6 +87,8 @@ def make_again(root: Path, target: Path, what: Wanted) -> Path:
         patch = target / ".git" / "source.patch"
         patch.write_bytes(what.patch)
         _git(target, "apply", "--whitespace=nowarn", str(patch))
+    if (target / ".gitmodules").exists():
+        _git(target, "submodule", "--quiet", "update", "--init", "--recursive")
     local = root / ".dvc/config.local"
     if local.exists():
         shutil.copyfile(local, project / ".dvc/config.local")

@@ -43,7 +43,7 @@ class Stage:
         return self.outs[LINEAGE]
 
 
-_TRAINING = ("torch", "transformers", "numpy")
+_TRAINING = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 _SFT_DATA, _PAIRS, _PROMPTS = "data/prepared/sft", "data/prepared/pairs", "data/prepared/prompts"
 _TOKENIZER = "data/prepared/tokenizer"
 _SFT, _REWARD, _ACTOR, _CRITIC = "checkpoints/sft", "checkpoints/reward", "checkpoints/actor", "checkpoints/critic"

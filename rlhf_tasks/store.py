@@ -24,9 +24,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.processes import process_started
@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 1
 FULL = "No space left on device|File too large|database or disk is full"  # of libraries that keep no errno
-MANIFEST_BYTES = 64 << 20  # a foreign one may be any size
+MANIFEST_BYTES = 16 << 20  # a foreign one may be any size
+DEEPEST = 20  # of nested parameters, of which each level costs whoever reads them some of the stack
 
 
 class _Strict(BaseModel):
@@ -50,19 +51,19 @@ class _File(_Strict):
 class _Row(_Strict):
     step: int
     time_ms: int
-    values: dict[str, float]
+    values: dict[str, FiniteFloat]
 
 
 class _Identity(_Strict):
     """All that a key was made from; an iteration's has its number and its parent's key too."""
-
-    model_config = ConfigDict(extra="allow")
 
     stage: str
     parameters: dict[str, Any]
     inputs: dict[str, str]
     code: dict[str, str]
     environment: dict[str, Any]
+    iteration: int = Field(default=1, ge=1)
+    parent: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")  # it becomes a file's name
 
 
 class _Manifest(_Strict):
@@ -74,9 +75,9 @@ class _Manifest(_Strict):
     digest: str
     parts: dict[str, str]
     files: dict[str, _File]
-    metrics: dict[str, float]
+    metrics: dict[str, FiniteFloat]
     series: list[_Row]
-    perf: dict[str, float]
+    perf: dict[str, Annotated[FiniteFloat, Field(ge=0)]]
     adopted: str = ""
 
 
@@ -117,9 +118,12 @@ def digest_path(path: Path) -> str:
 
 
 def _remembered_digest(path: Path) -> str:
-    """A workspace file is read once a process, and again when its inode, size or time of change says so."""
+    """A workspace file is read once a process, and again when its inode, size or a time says that it may have changed.
+
+    The time of the inode's change tells also of a file that was written in place and given its old time back.
+    """
     facts = path.stat()
-    return _digest_of(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    return _digest_of(path, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 
 @lru_cache(maxsize=100_000)
@@ -245,7 +249,7 @@ class Store:
         writing there could change a file anywhere.
         """
         folder = self.root / "partial" / key
-        if folder.is_symlink() or (folder.exists() and -1 in _sizes(folder).values()):
+        if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or -1 in _sizes(folder).values())):
             log.warning("%s: holds links or the like, which nothing here writes; removed", folder)
             remove(folder)
         folder.mkdir(exist_ok=True)
@@ -303,10 +307,12 @@ class Store:
         perf = dict(perf)
         if files:
             perf["save_seconds"] = perf.get("save_seconds", 0.0) + time.perf_counter() - started
-        manifest = {"schema": SCHEMA, "key": key, "identity": identity, "digest": digest_json(digests)}
+        manifest: dict[str, Any] = {"schema": SCHEMA, "key": key, "identity": identity, "digest": digest_json(digests)}
         manifest |= {"parts": _parts(digests), "files": files, "metrics": metrics, "series": series, "perf": perf}
         manifest |= {"adopted": adopted} if adopted else {}
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, allow_nan=False))
+        while len(text := json.dumps(manifest, allow_nan=False)) > MANIFEST_BYTES and len(manifest["series"]) > 1:
+            manifest["series"] = manifest["series"][::-2][::-1]  # of a curve that long every second point will do
+        (folder / "manifest.json").write_text(text)
         _sync(folder)
         self.discard(key)
         folder.rename(self.root / key)
@@ -342,6 +348,8 @@ def open_lock(path: Path) -> BinaryIO:
 
 def place(source: Path, target: Path) -> None:
     """Put a file or folder of the store into the workspace, hard-linked where the file system can, else copied."""
+    for left in target.parent.glob(f".{target.name}.{'[0-9a-f]' * 32}"):  # by a kill
+        remove(left)
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         with full_disk_is_a_sentence(target.parent):
@@ -425,6 +433,8 @@ def _read_manifest(path: Path, key: str) -> dict[str, Any]:
     if not stat.S_ISREG(facts.st_mode) or facts.st_size > MANIFEST_BYTES:
         raise ValueError(f"no file, or one of {facts.st_size} bytes")
     manifest: dict[str, Any] = json.loads(path.read_bytes(), parse_constant=_no_such_number)
+    if _deeper_than(manifest, DEEPEST):
+        raise ValueError(f"nested more than {DEEPEST} deep")
     _Manifest.model_validate(manifest)
     names = manifest["files"]
     if any(not _is_inside(name) for name in names):
@@ -436,6 +446,14 @@ def _read_manifest(path: Path, key: str) -> dict[str, Any]:
     if manifest["key"] != key:
         raise ValueError("another key than its folder's name")
     return manifest
+
+
+def _deeper_than(value: Any, depth: int) -> bool:
+    """Whether lists and dictionaries are nested more than `depth` deep."""
+    if depth < 0:
+        return True
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(_deeper_than(part, depth - 1) for part in inner if isinstance(part, dict | list))
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 SAVE_EVERY_SECONDS = 30
 SAVING_SHARE = 0.05  # of the time, at most, once it is known what a save takes
 ADAM_EPS = 1e-5
+#: what reading a state raises that is not what was written
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, SafetensorError)
 BATCHES_A_WINDOW = 50
 
 
@@ -74,7 +76,7 @@ def fit(
         for batch in shuffled_batches(lengths, settings.batch_tokens, (*seed_names, "order", epoch))
     ]
     base_rates = [group["lr"] for group in optimizer.param_groups]
-    step, saves = load_training_state(partial, model, optimizer), list[float]()
+    step, saves = load_training_state(partial, model, optimizer, len(plan)), list[float]()
     started = saved_at = time.monotonic()
     while step < len(plan):
         for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
@@ -154,20 +156,40 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "") -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "") -> None:
-    """Put `optimizer_tensors` back; hyper-parameters stay those the optimizer was made with."""
+    """Put `optimizer_tensors` back; hyper-parameters stay those the optimizer was made with.
+
+    Raises:
+        ValueError: they are another model's. Adam's fused step looks at no shapes: it would write past the end.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith(prefix):
             index, name = key.removeprefix(prefix).split(".")
             state.setdefault(int(index), {})[name] = tensor
+    for number, slots in state.items():
+        if not 0 <= number < len(parameters):
+            raise ValueError(f"the optimizer's state has a parameter {number}, of {len(parameters)}")
+        shape = parameters[number].shape
+        if any(t.dtype != torch.float32 for t in slots.values()) or _shapes(slots) != _adam_shapes(shape):
+            raise ValueError(f"the optimizer's state of parameter {number} is not one of shape {list(shape)}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _adam_shapes(shape: torch.Size) -> dict[str, torch.Size]:
+    """What Adam keeps of a parameter."""
+    return {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
 
 
 def save_training_state(partial: Path, model: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Replace the state of unfinished training; a kill at any moment leaves the old one or the new one."""
     folder = partial / f"step-{step:08d}"
     writing = partial / "writing"
-    shutil.rmtree(writing, ignore_errors=True)
+    _remove(writing)
     writing.mkdir(parents=True)
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, writing / "model.safetensors")
     save_file(optimizer_tensors(optimizer), writing / "optimizer.safetensors")
@@ -176,31 +198,41 @@ def save_training_state(partial: Path, model: Any, optimizer: torch.optim.Optimi
     writing.rename(folder)
     for old in partial.glob("step-*"):
         if old != folder:
-            shutil.rmtree(old)
+            _remove(old)
 
 
-def load_training_state(partial: Path, model: Any, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest state of unfinished training, if there is a whole one. Returns how many steps it has done."""
+def _remove(path: Path) -> None:
+    """Delete a folder, or what lies in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def load_training_state(partial: Path, model: Any, optimizer: torch.optim.Optimizer, total: int) -> int:
+    """Load the newest state of unfinished training, of `total` steps. Returns how many it has done, 0 without one."""
     folders = sorted(partial.glob("step-*"))
     if not folders:
         return 0
     try:
-        return _load_training_state(folders[-1], model, optimizer)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        return _load_training_state(folders[-1], model, optimizer, total)
+    except (*DAMAGE, OSError) as error:
         log.warning("%s is damaged (%s); training starts from its beginning", folders[-1], error)
         return 0
 
 
-def _load_training_state(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> int:
+def _load_training_state(folder: Path, model: Any, optimizer: torch.optim.Optimizer, total: int) -> int:
     """Load a state, of which all is looked at before anything is changed."""
     state = json.loads((folder / "state.json").read_text())
     step, files = int(state["step"]), ("model.safetensors", "optimizer.safetensors")
+    if not 0 < step < total:
+        raise ValueError(f"it has done {step} of {total} steps")
     for name in files:
         if _sha256(folder / name) != state["sha256"][name]:
             raise ValueError(f"{name} is not what was written")
     weights, tensors = (load_file(folder / name) for name in files)
     parameters = dict(model.named_parameters())
-    if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in parameters.items()}:
+    if _shapes(weights) != _shapes(parameters):
         raise ValueError("model.safetensors holds other weights")
     load_optimizer_tensors(optimizer, tensors)
     with torch.no_grad():

@@ -167,7 +167,8 @@ def pull_sources(root: Path, origin: Path) -> None:
     Raises:
         UserError: neither has it, or the listing of a folder is not the one that git tracks.
     """
-    tracked = git(root, "ls-files", "*.dvc").decode().splitlines()
+    known = git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "*.dvc").decode()
+    tracked = [name for name in known.split("\0") if name and (root / name).exists()]
     if not tracked:
         return
     cache = _dvc(origin, "cache", "dir").strip()

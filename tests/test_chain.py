@@ -14,9 +14,11 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 from changes import flip_bit, with_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from rlhf_tasks import chain, ppo_stage
 from rlhf_tasks.engine import Workspace
@@ -211,6 +213,30 @@ def test_a_damaged_parent_is_not_trained_on(copy: Workspace) -> None:
     flip_bit(known[1].payload / "critic/model.safetensors")
     with pytest.raises(DamagedEntry):
         chain.advance(copy, known[:2], ignore)
+
+
+def test_a_state_of_another_model_is_not_gone_on_from(copy: Workspace, done: tuple[Workspace, list[Entry]]) -> None:
+    """Its digests are right: somebody else on the same store wrote it. Adam would write past the end of its memory."""
+    known = chain.known(copy)
+    second = known[1].manifest
+    copy.store.discard(known[2].folder.name)
+    with copy.store.writing(second["key"]) as out:
+        shutil.copytree(known[1].payload, out, dirs_exist_ok=True)
+        path = out / "actor_optimizer.safetensors"
+        path.unlink()
+        save_file({"0.step": torch.tensor(1.0), "0.exp_avg": torch.ones(1), "0.exp_avg_sq": torch.ones(1)}, path)
+        record = {name: second[name] for name in ("metrics", "series", "perf")}
+        copy.store.commit(second["key"], out, second["identity"], **record)
+    found = chain.usable(chain.known(copy))
+    assert len(found) == 2
+    with pytest.raises(DamagedEntry, match="not a state to go on from"):
+        chain.advance(Workspace(copy.root, copy.params), found, ignore)
+    assert len(chain.usable(chain.known(copy))) < 2  # so the next try starts from an earlier one
+
+
+def test_a_manifest_of_somebody_else_may_tell_no_times() -> None:
+    told = [Entry(Path(), {"perf": {"save_seconds": 0.0}})]
+    assert chain._cheap_length([entry.manifest["perf"] for entry in told], 5) >= 1
 
 
 def test_the_chain_ends_where_an_iteration_is_missing(copy: Workspace) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_tasks import closure
-from rlhf_tasks.closure import import_closure
+from rlhf_tasks.closure import foreign_sources, import_closure, libraries_of, user_closure
+from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import STAGES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -50,12 +51,41 @@ def modules(name: str = "rlhf_tasks.a") -> list[str]:
         ("try:\n    import rlhf_tasks.b\nexcept ImportError:\n    import rlhf_tasks.c", ["b", "c"]),
         ("if TYPE_CHECKING:\n    from rlhf_tasks import b\nimport rlhf_tasks.c", ["c"]),
         ("import typing\nif typing.TYPE_CHECKING:\n    import rlhf_tasks.b", []),
+        ("if TYPE_CHECKING:\n    import rlhf_tasks.b\nelse:\n    import rlhf_tasks.c", ["c"]),
+        ("if not TYPE_CHECKING:\n    import rlhf_tasks.b", ["b"]),
         ("import rlhf_tasks.a", []),
     ],
 )
 def test_what_an_import_reaches(package: Path, code: str, reached: list[str]) -> None:
     (package / "a.py").write_text(code)
     assert modules() == sorted(["__init__", "a", *reached])
+
+
+def test_a_users_module_may_have_the_name_of_a_folder(tmp_path: Path) -> None:
+    """Python takes the file, unless the folder is a package."""
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics.py").write_text("import data")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data.py").write_text("")
+    assert user_closure("metrics", tmp_path) == ("data.py", "metrics.py")
+    (tmp_path / "data/__init__.py").write_text("")
+    assert user_closure("metrics", tmp_path) == ("data/__init__.py", "metrics.py")
+
+
+def test_what_no_version_tells_apart_counts_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A helper on PYTHONPATH, beside a library with a version and Python's own."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/loose.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    (tmp_path / "mine.py").write_text("import json\nimport loose\nimport pytest\n")
+    assert foreign_sources("mine", tmp_path) == {"loose.py": tmp_path / "elsewhere/loose.py"}
+    assert libraries_of("mine", tmp_path) == {"pytest": pytest.__version__}
+
+
+def test_an_expression_without_end_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("x = " + "+".join(["1"] * 20_000))
+    with pytest.raises(UserError, match=r"mine.py:1: not readable as Python"):
+        user_closure("mine", tmp_path)
 
 
 def test_imports_are_followed_to_the_end_also_in_circles(package: Path) -> None:

@@ -313,6 +313,16 @@ def test_what_another_machine_made_is_adopted_as_that(pulled: Workspace, finishe
     assert pulled.store.find(job.key) is None
 
 
+def test_what_was_adopted_can_be_forgotten(pulled: Workspace) -> None:
+    """To be done again, when it was asked for or when it is damaged."""
+    job = engine.plan(pulled, STAGES["sft"])
+    entry = engine.adopt(pulled, job)
+    assert entry
+    engine.forget(pulled, job)
+    assert engine.find(pulled, job) is None
+    assert not entry.folder.exists()
+
+
 def test_what_was_adopted_is_not_adopted_for_yet_another_environment(
     pulled: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,6 +353,8 @@ def test_an_entry_with_other_files_than_the_stage_makes_is_none(
         finished_copy.store.commit(job.key, out, job.identity, metrics={}, series=[], perf={})
     assert engine.find(finished_copy, job) is None
     assert "holds notes.txt, not what the stage makes" in caplog.text
+    entry = engine.perform(finished_copy, job, lambda row, total: None)
+    assert entry == engine.find(finished_copy, job)
 
 
 def test_what_chooses_instructions_is_in_the_key(sketch: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

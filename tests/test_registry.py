@@ -164,7 +164,7 @@ def test_a_version_leads_back(project: Project, registered: Any) -> None:
     arguments = registered
     client, run = project.tracker.client, arguments["tracking"].run_id
     version = client.get_model_version("rlhf-actor", "1")
-    assert version.tags == {"actor_digest": "digest-1", "git.commit": "abc", "gate": "passed"}
+    assert version.tags == {"actor_digest": "digest-1", "git.commit": "abc", "gate": "passed", "gate_run": run}
     assert version.run_id == run
     outputs = client.get_run(run).outputs
     assert outputs is not None

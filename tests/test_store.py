@@ -260,6 +260,17 @@ def changed(**parts: Any) -> Callable[[bytes], bytes]:
     return lambda text: json.dumps(json.loads(text) | parts).encode()
 
 
+def remade(**parts: Any) -> Callable[[bytes], bytes]:
+    """Another identity, with the key that belongs to it."""
+
+    def change(text: bytes) -> bytes:
+        manifest = json.loads(text)
+        identity = manifest["identity"] | parts
+        return json.dumps(manifest | {"identity": identity, "key": digest_json(identity)}).encode()
+
+    return change
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -282,6 +293,14 @@ def changed(**parts: Any) -> Callable[[bytes], bytes]:
         changed(series=[{"step": 1}]),
         changed(identity=IDENTITY | {"stage": "reward"}),
         changed(identity={"stage": "sft"}),
+        remade(parent="../../escaped"),
+        remade(parent=["0" * 64]),
+        remade(parent="0" * 300),
+        remade(iteration="one"),
+        remade(more="than there is"),
+        remade(parameters=json.loads('{"a": ' * 40 + "1" + "}" * 40)),
+        changed(perf={"seconds": -1.0}),
+        lambda text: text.replace(b'"metrics": {', b'"metrics": {"x": 1e999'),
         changed(digest="0" * 64),
         changed(parts={"model": "0" * 64}),
         changed(command="rm"),
@@ -310,6 +329,14 @@ def changed(**parts: Any) -> Callable[[bytes], bytes]:
         "half a row",
         "another identity",
         "half an identity",
+        "a parent that is a path",
+        "a parent that is a list",
+        "a long parent",
+        "no number of an iteration",
+        "an identity of more",
+        "deep parameters",
+        "time that runs backwards",
+        "an infinite number",
         "another digest",
         "other parts",
         "more than there is",
@@ -498,3 +525,42 @@ def test_a_lock_makes_the_second_wait_until_the_first_is_done_or_dead(
 def test_locks_of_different_keys_do_not_meet(store: Store) -> None:
     with store.lock("one"), store.lock("two"):
         pass
+
+
+def test_a_curve_that_is_too_long_for_a_manifest_is_thinned(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    series = [{"step": step, "time_ms": 1, "values": {"loss": 0.5}} for step in range(1, 1001)]
+    monkeypatch.setattr(store_module, "MANIFEST_BYTES", 20_000)
+    found = commit(store, series=series)
+    assert store.find(KEY) == found
+    steps = [row["step"] for row in found.manifest["series"]]
+    assert 100 < len(steps) < 500
+    assert steps[-1] == 1000
+    assert len({after - before for before, after in itertools.pairwise(steps)}) == 1
+
+
+def test_what_a_kill_left_of_an_export_goes_with_the_next(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    left = tmp_path / f"out/.model.{'0' * 32}"
+    left.mkdir()
+    other = tmp_path / "out/.model.backup"
+    other.touch()
+    source = tmp_path / "source"
+    source.write_text("x")
+    place(source, tmp_path / "out/model")
+    assert not left.exists()
+    assert other.exists()
+
+
+def test_a_file_changed_in_place_and_given_its_old_time_back_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("one")
+    before, facts = digest_path(path), path.stat()
+    with path.open("r+") as file:
+        file.write("two")
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert digest_path(path) != before
+
+
+def test_a_file_in_place_of_unfinished_work_is_removed(store: Store) -> None:
+    (store.root / "partial" / KEY).write_text("no folder")
+    assert store.partial(KEY).is_dir()

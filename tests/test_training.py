@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_a_death_at_any_step_of_saving_leaves_a_whole_state(tmp_path: Path) -> N
             os._exit(0)
         finished = os.waitpid(child, 0)[1] == 0
         loaded = nn.Linear(1, 1, bias=False)
-        steps.append(load_training_state(partial, loaded, adamw(loaded.parameters(), 0.1)))
+        steps.append(load_training_state(partial, loaded, adamw(loaded.parameters(), 0.1), 100))
         assert loaded.weight.item() == steps[-1]
         if finished:
             break
@@ -196,7 +197,7 @@ def die_at(operation: int) -> None:
 def test_a_state_is_replaced_by_the_next(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     optimizer = adamw(model.parameters(), 0.1)
-    assert load_training_state(tmp_path, model, optimizer) == 0
+    assert load_training_state(tmp_path, model, optimizer, 100) == 0
     for step in (9, 10):
         model(torch.ones(1, 2)).sum().backward()
         optimizer.step()
@@ -204,7 +205,7 @@ def test_a_state_is_replaced_by_the_next(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
     other = nn.Linear(2, 2)
     other_optimizer = adamw(other.parameters(), 0.1)
-    assert load_training_state(tmp_path, other, other_optimizer) == 10
+    assert load_training_state(tmp_path, other, other_optimizer, 100) == 10
     assert same(dict(other.named_parameters()), dict(model.named_parameters()))
     assert same(optimizer_tensors(other_optimizer), optimizer_tensors(optimizer))
 
@@ -217,6 +218,17 @@ def resealed(state: Path, name: str, content: bytes) -> None:
     (state / "state.json").write_text(json.dumps(facts))
 
 
+def rewritten(state: Path, **facts: Any) -> None:
+    path = state / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+def moments(index: int = 0, **others: Tensor) -> dict[str, Tensor]:
+    """Adam's state of a parameter of 2 x 2, in parts another."""
+    slots = {"step": torch.tensor(1.0), "exp_avg": torch.ones(2, 2), "exp_avg_sq": torch.ones(2, 2)} | others
+    return {f"{index}.{name}": tensor for name, tensor in slots.items()}
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -226,9 +238,22 @@ def resealed(state: Path, name: str, content: bytes) -> None:
         lambda state: resealed(state, "model.safetensors", b"\xff" * 100),
         lambda state: resealed(state, "model.safetensors", save({"weight": torch.ones(3, 3)})),
         lambda state: resealed(state, "optimizer.safetensors", save({"no index": torch.ones(1)})),
+        lambda state: resealed(state, "optimizer.safetensors", save(moments(exp_avg=torch.ones(1)))),
+        lambda state: resealed(state, "optimizer.safetensors", save(moments(exp_avg=torch.ones(2, 2).double()))),
+        lambda state: resealed(state, "optimizer.safetensors", save({"0.step": torch.tensor(1.0)})),
+        lambda state: resealed(state, "optimizer.safetensors", save(moments(index=7))),
+        lambda state: rewritten(state, step=-5),
+        lambda state: rewritten(state, step=20),
+        lambda state: rewritten(state, step=float("inf")),
+        lambda state: (state / "state.json").write_text("[" * 100_000),
+        lambda state: (state.parent / "step-00000009x").write_text("no folder"),
     ],
-    ids=["a list", "half", "a file less", "no header", "other shapes", "no optimizer"],
-)
+    ids=[
+        "a list", "half", "a file less", "no header", "other shapes", "no optimizer", "an optimizer of other shapes",
+        "an optimizer of another type", "half an optimizer", "an optimizer of more", "fewer steps than none",
+        "more steps than there are", "no number of steps", "deep", "a file for a folder",
+    ],
+)  # fmt: skip
 def test_a_state_that_is_not_ours_is_begun_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], object]
 ) -> None:
@@ -238,9 +263,18 @@ def test_a_state_that_is_not_ours_is_begun_anew(
     damage(tmp_path / "step-00000009")
     other = nn.Linear(2, 2)
     before = {name: weight.detach().clone() for name, weight in other.named_parameters()}
-    assert load_training_state(tmp_path, other, adamw(other.parameters(), 0.1)) == 0
+    assert load_training_state(tmp_path, other, adamw(other.parameters(), 0.1), 20) == 0
     assert same(dict(other.named_parameters()), before)
     assert "training starts from its beginning" in caplog.text
+    save_training_state(tmp_path, other, adamw(other.parameters(), 0.1), 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_a_file_in_the_way_of_a_save_is_removed(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    (tmp_path / "writing").touch()
+    save_training_state(tmp_path, model, adamw(model.parameters(), 0.1), 3)
+    assert load_training_state(tmp_path, model, adamw(model.parameters(), 0.1), 20) == 3
 
 
 def test_an_optimizers_state_goes_under_a_prefix_and_keeps_the_rates_of_its_owner() -> None:

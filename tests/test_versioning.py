@@ -46,6 +46,18 @@ def test_what_dvc_tracks_comes_from_the_origins_cache(origin: Path) -> None:
     assert (clone / "raw/rows.jsonl").read_text() == (origin / "raw/rows.jsonl").read_text()
 
 
+def test_what_a_patch_brought_comes_too_and_what_it_removed_is_not_asked_for(origin: Path) -> None:
+    """A file that was tracked after the last commit, under a name that git would quote."""
+    (origin / "é x.jsonl").write_text("{}\n")
+    dvc(origin, "add", "-q", "é x.jsonl")
+    clone = clone_of(origin)
+    (clone / "é x.jsonl.dvc").write_bytes((origin / "é x.jsonl.dvc").read_bytes())
+    (clone / "raw.dvc").unlink()
+    pull_sources(clone, origin)
+    assert (clone / "é x.jsonl").read_text() == "{}\n"
+    assert not (clone / "raw").exists()
+
+
 def test_a_listing_that_leads_out_of_the_clone_is_not_followed(origin: Path) -> None:
     (listing,) = (origin / ".dvc/cache").rglob("*.dir")
     files = json.loads(listing.read_text())
