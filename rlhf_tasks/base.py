@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.gguf_file import alone, check_gguf
+from rlhf_tasks.gguf_file import alone, read_gguf
 
 if TYPE_CHECKING:
     from rlhf_tasks import config
@@ -38,7 +38,7 @@ def find_base(model: config.Model, root: Path = Path()) -> Path | None:
     if not path.exists():
         raise UserError(f"`model.base: {model.base}`: {not_found(model.base)}")
     if path.is_file():
-        check_gguf(path)
+        read_gguf(path)
     return path
 
 
@@ -68,8 +68,8 @@ def load_settings(base: Path) -> Any:
     except UserError:
         raise
     except Exception as error:  # a damaged file raises whatever its parser does
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"`model.base: {base}`: its config.json does not load: {reason}") from None
+        reason, what = " ".join(str(error).split())[:300], "model" if base.is_file() else "config.json"
+        raise UserError(f"`model.base: {base}`: its {what} does not load: {reason}") from None
     _check_kind(base, settings)
     return settings
 
@@ -102,7 +102,9 @@ def known_positions(model: config.Model, root: Path = Path()) -> int | None:
     if model.base == "scratch":
         return SCRATCH_POSITIONS
     base = find_base(model, root) if model.revision is None else _cached(model.base, model.revision)
-    return positions(load_settings(base)) if base else None
+    if base is None or base.is_dir():
+        return positions(load_settings(base)) if base else None
+    return read_gguf(base).positions  # transformers takes half a minute to say so
 
 
 def check_lengths(base: str, have: int | None, data: config.Data, max_new_tokens: int = 0) -> None:

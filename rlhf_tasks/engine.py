@@ -18,10 +18,10 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -131,7 +131,7 @@ def identity(
         "parameters": settings,
         "inputs": _input_digests(workspace, stage, coming),
         "code": {file: _CODE[file] for file in import_closure(stage.module)} | _foreign_code(workspace, stage),
-        "environment": _environment(stage, workspace.params.runtime.device) | _libraries_of_function(workspace, stage),
+        "environment": _environment(stage, workspace.params.runtime.device) | _libraries_of_settings(workspace, stage),
     }
 
 
@@ -175,9 +175,14 @@ def _function_module(params: Params, stage: Stage) -> str:
     return function.partition(":")[0] if function else ""
 
 
-def _libraries_of_function(workspace: Workspace, stage: Stage) -> dict[str, str]:
+def _libraries_of_settings(workspace: Workspace, stage: Stage) -> dict[str, str]:
+    """Versions of what only some parameters bring in; where it is missing, the stage itself says so."""
     module = _function_module(workspace.params, stage)
-    return libraries_of(module, workspace.root.resolve()) if module else {}
+    found = libraries_of(module, workspace.root.resolve()) if module else {}
+    if stage.name in ("prepare", "sft") and (workspace.root / workspace.params.model.base).is_file():  # a GGUF file
+        with suppress(PackageNotFoundError):
+            found |= {"gguf": version("gguf")}
+    return found
 
 
 def _foreign_code(workspace: Workspace, stage: Stage) -> dict[str, str]:

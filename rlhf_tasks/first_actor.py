@@ -14,10 +14,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from rlhf_tasks.base import SCRATCH_POSITIONS, check_vocabulary, find_base, load_settings
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.gguf_file import alone, check_gguf
+from rlhf_tasks.gguf_file import read_gguf
 from rlhf_tasks.models import check_size, load_actor, position_ids, ready, response_logits
 from rlhf_tasks.seeds import derive_seed
 
@@ -70,25 +71,28 @@ def scratch_settings(scratch: config.Scratch, vocabulary: int, eos_id: int, pad_
 
 
 def _from_gguf(path: Path, settings: Any) -> Any:
-    """The weights of a GGUF file in float32, in a plain model: what loads them cannot be saved."""
-    check_size(path, settings, check_gguf(path))
+    """The weights of a GGUF file in float32, in a plain model of transformers.
+
+    Not by `from_pretrained`, which wants accelerate for it and makes a model that cannot be saved.
+    """
+    said = read_gguf(path)
+    check_size(path, settings, said.weights)
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
     try:
-        with alone(path) as (folder, name):
-            loaded, found = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=name, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        first = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise UserError(f"`model.base: {path}`: transformers does not load this GGUF file: {first[:300]}") from None
-    if missing := sorted(found["missing_keys"]):
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+        tensors = load_gguf_checkpoint(str(path), True, model, torch.float32)["tensors"]
+        found = model.load_state_dict(tensors, strict=False)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
+        raise UserError(f"`model.base: {path}`: transformers does not load this GGUF file: {reason}") from None
+    tied = {"lm_head.weight"} if settings.tie_word_embeddings else set()
+    if missing := sorted(set(found.missing_keys) - tied):
         raise UserError(f"`model.base: {path}`: {len(missing)} weights are missing, such as {missing[0]}")
-    shape = loaded.config
-    if hasattr(shape, "quantization_config"):
-        del shape.quantization_config
-    plain = type(loaded)(shape).float()
-    plain.load_state_dict(loaded.state_dict())
-    plain.generation_config = loaded.generation_config
-    return plain.eval()
+    model.tie_weights()
+    ends = {settings.eos_token_id, said.token_id("eos"), said.token_id("eot")} - {None}
+    model.generation_config.eos_token_id = sorted(ends)
+    return model.eval()
 
 
 def _check_scorer(base: Path, settings: Any) -> None:

@@ -10,9 +10,11 @@ import math
 import mmap
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf_tasks.errors import UserError
 
@@ -20,12 +22,45 @@ MAGIC, VERSIONS = b"GGUF", (2, 3)
 MOST_DIMENSIONS = 4
 ALIGNMENT = 32
 STRING, ARRAY = 8, 9
-#: bytes of a value, by the number of its type
-SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+TOKENS, KINDS, CONTROL = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", 3
+#: whole numbers and bytes of a value, by the number of its type
+NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 7: "<B", 10: "<Q", 11: "<q"}
+SCALARS = {kind: struct.calcsize(form) for kind, form in NUMBERS.items()} | {6: 4, 12: 8}
 
 
-def check_gguf(path: Path) -> int:
-    """See that a file holds all that it says it does. Returns how many weights that is.
+@dataclass(frozen=True)
+class Gguf:
+    """What a file says of itself.
+
+    Attributes:
+        weights: the number of weights in all tensors.
+        numbers: its metadata that are single whole numbers, yes and no included, by their names.
+        tokens: the vocabulary.
+        control: the tokens of it that are markup, no text.
+    """
+
+    weights: int
+    numbers: Mapping[str, int]
+    tokens: Sequence[str]
+    control: Sequence[str]
+
+    def token_id(self, use: str) -> int | None:
+        """The id of the token for a use: `bos`, `eos`, `eot`, `unknown`, `padding`."""
+        return self.numbers.get(f"tokenizer.ggml.{use}_token_id")
+
+    def token(self, use: str) -> str | None:
+        """The token for a use."""
+        number = self.token_id(use)
+        return None if number is None or number >= len(self.tokens) else self.tokens[number]
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that the model was made for."""
+        return next((n for name, n in self.numbers.items() if name.endswith(".context_length")), None)
+
+
+def read_gguf(path: Path) -> Gguf:
+    """See that a file holds all that it says it does, and what it says.
 
     Raises:
         UserError: it is no GGUF file, is cut, or counts what cannot be in it; or the package that reads it is missing.
@@ -37,7 +72,7 @@ def check_gguf(path: Path) -> int:
     sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data).weights(sizes)
+            return _Reader(data).read(sizes)
     except (OSError, ValueError, struct.error) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -60,26 +95,40 @@ class _Reader:
     """Goes through a file once; what would lie behind its end is a `ValueError`."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.place, self.alignment = data, 0, ALIGNMENT
+        self.data, self.place = data, 0
 
-    def weights(self, sizes: dict[int, tuple[int, int]]) -> int:
-        """The number of weights in all tensors, each of which lies within the file."""
+    def read(self, sizes: dict[int, tuple[int, int]]) -> Gguf:
+        """All of the header; every tensor lies within the file.
+
+        Args:
+            sizes: weights and bytes of a block, by the number of a tensor's type.
+        """
         if self._take(4) != MAGIC:
             raise ValueError("it does not begin with GGUF")
         if (version := self._number("<I")) not in VERSIONS:
             raise ValueError(f"version {version}")
         tensors, fields = self._count(24), self._count(12)
+        numbers: dict[str, int] = {}
+        lists: dict[str, list[Any]] = {TOKENS: [], KINDS: []}
         for _ in range(fields):
-            name, kind = self._string(), self._number("<I")
-            if name == b"general.alignment" and kind == 4:
-                self.alignment = max(1, struct.unpack_from("<I", self.data, self.place)[0])
-            self._skip_value(kind)
+            name, kind = self._string().decode(errors="replace"), self._number("<I")
+            if kind in NUMBERS:
+                numbers[name] = self._number(NUMBERS[kind])
+            elif kind == ARRAY and name in lists:
+                lists[name] = self._list()
+            else:
+                self._skip_value(kind)
         found = [self._tensor(sizes) for _ in range(tensors)]
-        start = math.ceil(self.place / self.alignment) * self.alignment
+        alignment = max(1, numbers.get("general.alignment", ALIGNMENT))
+        start = math.ceil(self.place / alignment) * alignment
+        layers = max((n for name, n in numbers.items() if name.endswith(".block_count")), default=0)
+        if layers > tensors:
+            raise ValueError(f"it says {layers:,} layers and holds {tensors:,} tensors")
         end = max((start + offset + size for offset, size, _ in found), default=start)
         if end > len(self.data):
             raise ValueError(f"its tensors end at byte {end:,}, the file at {len(self.data):,}")
-        return sum(elements for _, _, elements in found)
+        control = [token for token, kind in zip(lists[TOKENS], lists[KINDS], strict=False) if kind == CONTROL]
+        return Gguf(sum(elements for _, _, elements in found), numbers, lists[TOKENS], control)
 
     def _tensor(self, sizes: dict[int, tuple[int, int]]) -> tuple[int, int, int]:
         """Offset, bytes and weights of the next tensor."""
@@ -99,16 +148,20 @@ class _Reader:
         elif kind == STRING:
             self._string()
         elif kind == ARRAY:
-            of = self._number("<I")
-            if of == STRING:
-                for _ in range(self._count(8)):
-                    self._string()
-            elif of in SCALARS:
-                self._take(self._count(SCALARS[of]) * SCALARS[of])
-            else:
-                raise ValueError(f"a list of values of the unknown type {of}")
+            self._list()
         else:
             raise ValueError(f"a value of the unknown type {kind}")
+
+    def _list(self) -> list[Any]:
+        """The texts or whole numbers of a list; others are passed over."""
+        of = self._number("<I")
+        if of == STRING:
+            return [self._string().decode(errors="replace") for _ in range(self._count(8))]
+        if of not in SCALARS:
+            raise ValueError(f"a list of values of the unknown type {of}")
+        count = self._count(SCALARS[of])
+        packed = self._take(count * SCALARS[of])
+        return list(struct.unpack(f"<{count}{NUMBERS[of][1]}", packed)) if of in NUMBERS else []
 
     def _string(self) -> bytes:
         return self._take(self._count(1))

@@ -11,14 +11,14 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_tasks.data.formats import Conversation, Instruction, Message, Prompt
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.gguf_file import alone
+from rlhf_tasks.gguf_file import alone, read_gguf
 
 Template = Literal["none", "alpaca", "chat"]
 
@@ -156,8 +156,7 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
 
     try:
         if base.is_file():
-            with alone(base) as (folder, name):
-                tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
+            tokenizer = _gguf_tokenizer(base)
         else:
             tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file raises whatever its parser does
@@ -168,7 +167,7 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
             f"`model.base: {base}`: the tokenizer names no EOS token, so no response could end; "
             "set `eos_token` in its tokenizer_config.json"
         )
-    ends = {tokenizer.eos_token_id, *_ends(base)}
+    ends = {tokenizer.eos_token_id, *(_ends(base) if base.is_dir() else [read_gguf(base).token_id("eot")])}
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
         _give_pad(tokenizer, ends)
     tokenizer.padding_side = "left"
@@ -176,8 +175,31 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
+def _gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file, with the special tokens and the BOS in front that the file says it has.
+
+    transformers 5.17 takes a Llama's BOS for its EOS, gives others `<s>` and `</s>`, and forgets the BOS in front.
+    """
+    from transformers import AutoTokenizer
+
+    said = read_gguf(path)
+    uses = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    special = {f"{name}_token": said.token(use) for use, name in uses.items()}
+    with alone(path) as (folder, name):
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True, **special)
+    for use, token in special.items():
+        setattr(tokenizer, use, token)
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in said.control], True)
+    if tokenizer.bos_token is not None:
+        lead = [tokenizer.bos_token] if said.numbers.get("tokenizer.ggml.add_bos_token") else []
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*lead, "$A"], special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+        )
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
 def _ends(base: Path) -> list[int]:
-    """The ids of the tokens that end a response of a base, as its settings list them."""
+    """The ids of the tokens that end a response of a folder's model, as its settings list them."""
     for name in ("generation_config.json", "config.json"):
         try:
             found = json.loads((base / name).read_text(encoding="utf-8"))["eos_token_id"]
@@ -187,7 +209,7 @@ def _ends(base: Path) -> list[int]:
     return []
 
 
-def _give_pad(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
+def _give_pad(tokenizer: PreTrainedTokenizerBase, ends: set[int | None]) -> None:
     """A pad token of its own: one that the vocabulary keeps for it or for no use at all, else a new `<pad>`."""
     used = {tokenizer.bos_token, tokenizer.unk_token}
     spare = [
