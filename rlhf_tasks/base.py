@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rlhf_tasks import config
 
 SCRATCH_POSITIONS = 2048
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt", "spiece.model")
 HUB_OTHERS = ("*/*", "consolidated*")  # the same weights in other forms
 
@@ -179,13 +180,18 @@ def _check_files(folder: Path) -> None:
             f"{where}: no config.json in this folder; expected a Hugging Face folder, as `save_pretrained` leaves"
         )
     document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    quantised = document.get("quantization_config") if isinstance(document, dict) else None
-    if quantised:
+    if not isinstance(document, dict):
+        raise UserError(f"{where}: config.json holds no object; expected the settings that `save_pretrained` leaves")
+    if quantised := document.get("quantization_config"):
         kind = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
         raise UserError(
             f"{where}: found quantised weights ({kind}), expected plain ones; start from the model they were made of"
         )
-    if not any(name.endswith(".safetensors") for name in names):
+    room = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    layers = max((n for key, n in document.items() if key in LAYERS and isinstance(n, int)), default=0)
+    if room and layers > room:  # some settings make a list of them as soon as they are read
+        raise UserError(f"{where}: found {layers:,} layers in config.json, but {room:,} bytes of weights")
+    if not room:
         pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
         found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "no weights"
         raise UserError(

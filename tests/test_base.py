@@ -127,6 +127,11 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda base: (base / "config.json").write_text('{"model_type": "lla'),
         r"its config\.json does not load: ",
     ),
+    "a config that is a list": (lambda base: (base / "config.json").write_text("[]"), r"config\.json holds no object"),
+    "two billion layers": (
+        settings(model_type="qwen2", num_hidden_layers=2_000_000_000),
+        r"found 2,000,000,000 layers in config\.json, but \d+,\d+ bytes of weights",
+    ),
     "a kind that nobody knows": (settings(model_type="evil", auto_map={"AutoConfig": "evil.C"}), r"does not load: "),
     "few positions": (
         settings(max_position_embeddings=50),

@@ -42,7 +42,7 @@ def save_base(tokenizer, folder):
     tokenizer.save_pretrained(folder)
     shape = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, architectures=["LlamaForCausalLM"])
     shape.save_pretrained(folder)
-    (folder / "model.safetensors").touch()
+    (folder / "model.safetensors").write_bytes(bytes(1000))
 
 
 def digests(folder):
