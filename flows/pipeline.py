@@ -100,7 +100,7 @@ def bring_checkout_up_to_date(root: Path, params: dict[str, Any], stages: list[S
     settings = load_params(root / "params.yaml")
     engine.check_sources(settings, root, stages)
     if STAGES["sft"] in stages:
-        have = known_positions(settings.model, root)
+        have = known_positions(settings.model)  # relative, as everything that a run says
         check_lengths(settings.model.base, have, settings.data, settings.generation.max_new_tokens)
     if settings.reward_function.name and STAGES["ppo"] in stages:
         from rlhf_tasks.reward_function import try_reward_function  # which imports torch
