@@ -42,22 +42,43 @@ class Runtime(Section):
     device: Literal["cpu", "cuda"] = "cpu"
 
 
+#: the fields that a row of any kind may have
+FIELDS = (
+    *("prompt", "completion", "instruction", "input", "output", "messages"),
+    *("chosen", "rejected", "margin", "text", "rating", "ratings"),
+)
+
+
 class Source(Section):
-    """One file of human feedback; `kind` says which shapes its rows may have (docs/data.md)."""
+    """Files of human feedback, all of one kind; `kind` says which shapes their rows may have (docs/data.md)."""
 
     kind: Literal["ratings", "sft", "preference", "prompts"]
     path: str | None = None
     hub: str | None = None
     revision: str | None = None
     split: str = "train"
+    fields: dict[str, str] = {}
+    rows: Count | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
         if (self.path is None) == (self.hub is None):
-            raise ValueError("give either `path` (a local file) or `hub` (a Hub data set), not both and not neither")
+            raise ValueError("give either `path` (local files) or `hub` (a Hub data set), not both and not neither")
         if self.hub is not None and self.revision is None:
             raise ValueError(f"`hub: {self.hub}` needs a `revision`: pin the commit, so that the data cannot change")
         return self
+
+    @field_validator("fields", mode="after")
+    @classmethod
+    def _fields_are_known(cls, fields: dict[str, str]) -> dict[str, str]:
+        for name in fields:
+            if name not in FIELDS:
+                near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
+                hint = f"did you mean `{near[0]}`? " if near else ""
+                raise ValueError(
+                    f"`{name}: {fields[name]}`: {hint}Expected one of {', '.join(FIELDS)}, then the name in your files"
+                )
+        return fields
 
 
 class Ratings(Section):

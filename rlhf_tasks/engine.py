@@ -29,6 +29,7 @@ from typing import Any
 from rlhf_tasks.base import not_found
 from rlhf_tasks.closure import PACKAGE, SOURCE_ROOT, foreign_sources, import_closure, libraries_of, user_closure
 from rlhf_tasks.config import Params, load_params
+from rlhf_tasks.data.files import source_files, watched_path
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import LINEAGE, STAGES, Stage, producer
 from rlhf_tasks.store import Entry, Store, digest_file, digest_json, digest_path, place
@@ -142,8 +143,22 @@ def parameters(params: Params, stage: Stage) -> dict[str, Any]:
 
 
 def external_inputs(params: Params, root: Path, stage: Stage) -> list[str]:
-    """Files and folders from outside the pipeline that a stage reads, as params.yaml names them."""
-    sources = [source.path for source in params.data.sources if source.path] if stage.name == "prepare" else []
+    """Files and folders from outside the pipeline that a stage reads: of a source's folder or pattern, each file.
+
+    Raises:
+        UserError: a source's folder or pattern names no file.
+    """
+    return _external(params, root, stage, source_files)
+
+
+def external_dependencies(params: Params, root: Path, stage: Stage) -> list[str]:
+    """The same as DVC watches them: of a source's folder or pattern, the folder, where a new file is a change."""
+    return list(dict.fromkeys(_external(params, root, stage, lambda path, root: [watched_path(path, root)])))
+
+
+def _external(params: Params, root: Path, stage: Stage, named: Callable[[str, Path], list[str]]) -> list[str]:
+    paths = [source.path for source in params.data.sources if source.path] if stage.name == "prepare" else []
+    sources = [name for path in paths for name in named(path, root)]
     model = params.model
     local = model.base != "scratch" and model.revision is None  # a commit of the Hub is a digest itself
     base = [model.base] if stage.name in ("prepare", "sft") and local else []
@@ -156,10 +171,12 @@ def check_sources(params: Params, root: Path, stages: list[Stage]) -> None:
 
     Raises:
         UserError: a file or folder that params.yaml names, or that an earlier stage should have made, is missing, or is
-            neither.
+            neither, or holds what the pipeline writes.
     """
     made = {path for stage in stages for path in stage.outs.values()}
     for stage in stages:
+        for path in (source.path for source in params.data.sources if source.path and stage.name == "prepare"):
+            _refuse_own_outs(root, watched_path(path, root))
         for path in external_inputs(params, root, stage):
             if path == params.model.base and not (root / path).exists():
                 raise UserError(f"`model.base: {path}`: {not_found(path)}")
@@ -190,6 +207,18 @@ def _foreign_code(workspace: Workspace, stage: Stage) -> dict[str, str]:
     module = _function_module(workspace.params, stage)
     sources = foreign_sources(module, workspace.root.resolve()) if module else {}
     return {f"installed: {name}": digest_file(path) for name, path in sources.items()}
+
+
+def _refuse_own_outs(root: Path, path: str) -> None:
+    """A watched folder with results in it would make its own stage out of date, for ever."""
+    folder = (root / path).resolve()
+    own = [state_folder(root), *(root / out for stage in STAGES.values() for out in stage.outs.values())]
+    inside = next((out for out in own if folder in out.resolve().parents), None)
+    if inside is not None:
+        raise UserError(
+            f"{path}: a folder that also holds what the pipeline writes ({os.path.relpath(inside, root)}); "
+            "put the files of `data.sources` into a folder of their own, such as data/raw"
+        )
 
 
 def _input_digests(

@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 
 from rlhf_tasks.closure import import_closure
 from rlhf_tasks.config import Params, load_params
-from rlhf_tasks.engine import external_inputs
+from rlhf_tasks.engine import external_dependencies
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.source import LOCK, git
 from rlhf_tasks.stages import STAGES, Stage
@@ -220,7 +220,7 @@ _REMEDIES = {
 
 
 def _stage_entry(root: Path, stage: Stage, params: Params) -> dict[str, Any]:
-    external = external_inputs(params, root, stage)
+    external = external_dependencies(params, root, stage)
     return {
         "cmd": f"rlhf stage {stage.name}",
         "deps": sorted([*stage.inputs.values(), *external, *import_closure(stage.module)]),

@@ -48,7 +48,7 @@ def test_the_shipped_file_loads_and_states_every_parameter() -> None:
     params = load_params(REPOSITORY / "params.yaml")
     text = (REPOSITORY / "params.yaml").read_text()
     unstated = [key for key in flatten(params) if f"{key.rpartition('.')[2]}:" not in text and not key[-1].isdigit()]
-    assert set(unstated) <= {f"data.sources.0.{name}" for name in ("hub", "revision", "split")}
+    assert set(unstated) <= {f"data.sources.0.{name}" for name in ("hub", "revision", "split", "rows")}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,13 @@ def test_a_wrong_value_is_named_with_what_was_found_and_what_is_allowed(
         ("{kind: ratings, path: a, hub: b}", "give either `path`"),
         ("{kind: ratings, hub: somebody/something}", "needs a `revision`"),
         ("{kind: rating, path: a}", "`data.sources.0.kind`: found 'rating'"),
-        ("{kind: ratings, file: a}", "unknown key `data.sources.0.file`; Allowed here: kind, path"),
+        (
+            "{kind: sft, path: a, fields: {instuction: q}}",
+            "did you mean `instruction`? Expected one of prompt, completion",
+        ),
+        ("{kind: sft, path: a, rows: 0}", "`data.sources.0.rows`: found 0"),
+        ("{kind: ratings, file: a}", "unknown key `data.sources.0.file`"),
+        ("{kind: ratings, location: a}", "unknown key `data.sources.0.location`; Allowed here: kind, path"),
     ],
 )
 def test_a_wrong_source_is_named(tmp_path: Path, source: str, said: str) -> None:

@@ -76,7 +76,7 @@ def in_words(schema: dict[str, Any]) -> str:
         return f"[{', '.join(in_words(one) for one in schema['prefixItems'])}]"
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = ", ".join(f"{sign} {schema[name]}" for name, sign in signs.items() if name in schema)
-    kind = {"string": "text", "array": "list", "null": "null"}.get(schema["type"], schema["type"])
+    kind = {"string": "text", "array": "list", "null": "null", "object": "mapping"}.get(schema["type"], schema["type"])
     return f"{kind} {bounds}".strip()
 
 

@@ -128,6 +128,8 @@ def _read(data: config.Data, feedback: Feedback) -> dict[str, int]:
             unique = f"{name} ({sum(known.startswith(name) for known in counts) + 1})"
         counts[unique] = 0
         for where, row in read_rows(source):
+            if isinstance(row, UserError):
+                raise row
             record = parse_row(where, row, source.kind, data.ratings.scale)
             try:
                 feedback.add(record)

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf_tasks.config import Source
-from rlhf_tasks.data.sources import read_rows
+from rlhf_tasks.data.files import source_files
+from rlhf_tasks.data.sources import Meter, read_rows
 from rlhf_tasks.errors import UserError
 
 ROWS = [
@@ -20,8 +22,18 @@ ROWS = [
 ]
 
 
+def rows_of(**source) -> list:
+    """All rows of a source; the first that is wrong is raised, as `prepare` does."""
+    found = []
+    for where, row in read_rows(Source(kind="sft", **source)):
+        if isinstance(row, UserError):
+            raise row
+        found.append((where, row))
+    return found
+
+
 def read(path: Path) -> list:
-    return list(read_rows(Source(kind="sft", path=str(path))))
+    return rows_of(path=str(path))
 
 
 def write(folder: Path, name: str) -> Path:
@@ -59,13 +71,98 @@ def test_a_json_list_is_read_like_its_data_object(tmp_path):
     assert [row for _, row in read(path)] == ROWS
 
 
-def test_rows_before_a_broken_one_are_given(tmp_path):
+def test_reading_goes_on_after_what_is_wrong(tmp_path):
+    """After a row of .jsonl or .csv with the next one, after a file that cannot be read on with the next file."""
+    (tmp_path / "a.csv").write_text("a,b\n1\n1,2\n")
+    (tmp_path / "b.json").write_text("[{")
+    (tmp_path / "c.jsonl").write_bytes(b'{"a": 1}\n{broken\n[]\n{"a": "\xe9"}\n{"a": %s}\n{"a": 2}' % (b"9" * 5000))
+    found = list(read_rows(Source(kind="sft", path=str(tmp_path))))
+    assert [(Path(where).name, isinstance(row, UserError)) for where, row in found] == [
+        ("a.csv:2", True), ("a.csv:3", False), ("b.json", True), ("c.jsonl:1", False), ("c.jsonl:2", True),
+        ("c.jsonl:3", True), ("c.jsonl:4", True), ("c.jsonl:5", True), ("c.jsonl:6", False),
+    ]  # fmt: skip
+    assert "b.json:1: broken JSON" in str(found[2][1])
+
+
+# Folders, patterns, fields, first rows --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """raw/b.jsonl, raw/a.csv, raw/deeper/c.jsonl.gz: a row each; and files that are none."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raw/deeper").mkdir(parents=True)
+    (tmp_path / "raw/.hidden").mkdir()
+    (tmp_path / "raw/b.jsonl").write_text('{"n": "b"}\n')
+    (tmp_path / "raw/a.csv").write_text("n\na\n")
+    (tmp_path / "raw/deeper/c.jsonl.gz").write_bytes(gzip.compress(b'{"n": "c"}\n'))
+    for name in ("raw/README.md", "raw/.d.jsonl", "raw/.hidden/e.jsonl"):
+        (tmp_path / name).write_text("not read")
+    return tmp_path / "raw"
+
+
+@pytest.mark.parametrize(
+    ("path", "places"),
+    [
+        ("raw", ["raw/a.csv:2", "raw/b.jsonl:1", "raw/deeper/c.jsonl.gz:1"]),
+        ("raw/", ["raw/a.csv:2", "raw/b.jsonl:1", "raw/deeper/c.jsonl.gz:1"]),
+        ("raw/*", ["raw/a.csv:2", "raw/b.jsonl:1"]),
+        ("raw/[ab].*", ["raw/a.csv:2", "raw/b.jsonl:1"]),
+        ("raw/**/*.jsonl*", ["raw/b.jsonl:1", "raw/deeper/c.jsonl.gz:1"]),
+    ],
+)
+def test_a_folder_or_a_pattern_stands_for_its_files_by_name(folder, path, places):
+    assert [where for where, _ in rows_of(path=path)] == places
+
+
+def test_brackets_in_a_file_name_are_its_name(folder):
+    (folder / "[ab].jsonl").write_text('{"n": "brackets"}\n')
+    assert [row for _, row in rows_of(path="raw/[ab].jsonl")] == [{"n": "brackets"}]
+
+
+def test_what_names_no_file_is_refused(folder):
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match=r"raw/empty: no file in this folder whose name ends in \.json, .*; correct"):
+        rows_of(path="raw/empty")
+    with pytest.raises(UserError, match=r"raw/\*\.md: no file matches whose name ends in"):
+        rows_of(path="raw/*.md")
+    os.mkfifo(folder / "pipe.jsonl")
+    with pytest.raises(UserError, match=r"raw/pipe\.jsonl: found neither a file nor a folder"):
+        rows_of(path="raw")
+    (folder / "pipe.jsonl").unlink()
+    (folder / "linked").symlink_to("deeper")
+    with pytest.raises(UserError, match=r"raw/linked: found a link to a folder, which is not followed"):
+        rows_of(path="raw")
+
+
+def test_fields_are_read_under_their_own_names(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1}\n{broken')
-    rows = read_rows(Source(kind="sft", path=str(path)))
-    assert next(rows) == (f"{path}:1", {"a": 1})
-    with pytest.raises(UserError, match=r"rows.jsonl:2: broken JSON"):
-        next(rows)
+    path.write_text('{"q": "Why?", "a": "So.", "input": "theirs"}\n{"q": "Who?", "a": "He.", "note": ""}\n')
+    fields = {"instruction": "q", "output": "a"}
+    assert [row for _, row in rows_of(path=str(path), fields=fields)] == [
+        {"input": "theirs", "instruction": "Why?", "output": "So."},
+        {"note": "", "instruction": "Who?", "output": "He."},
+    ]
+    swapped = {"chosen": "rejected", "rejected": "chosen"}
+    path.write_text('{"chosen": "no", "rejected": "yes"}')
+    assert rows_of(path=str(path), fields=swapped)[0][1] == {"chosen": "yes", "rejected": "no"}
+    with pytest.raises(UserError, match=r"no row has the field `mrgn`, which `data.sources.*` gives for `margin`"):
+        rows_of(path=str(path), fields=swapped | {"margin": "mrgn"})
+
+
+def test_the_first_rows_are_read_and_no_more(folder):
+    (folder / "b.jsonl").write_text('{"n": 1}\n{"n": 2}\n{broken')
+    assert [row["n"] for _, row in rows_of(path="raw", rows=3)] == ["a", 1, 2]
+    with pytest.raises(UserError, match=r"b\.jsonl:3: broken"):
+        rows_of(path="raw", rows=4)
+
+
+def test_the_meter_ends_at_the_size_of_the_files(folder):
+    source = Source(kind="sft", path="raw")
+    meter = Meter.of([source, Source(kind="sft", path="missing")])
+    assert (meter.done, meter.total) == (0, sum(path.stat().st_size for path in map(Path, source_files("raw"))))
+    assert len(list(read_rows(source, meter))) == 3
+    assert meter.fraction == 1
 
 
 BROKEN = {
@@ -104,12 +201,9 @@ def test_a_broken_file_is_refused_in_one_sentence(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_and_a_folder_say_what_to_do(tmp_path):
+def test_a_missing_file_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"no\.jsonl: not found; correct its path in `data\.sources`, relative to"):
         read(tmp_path / "no.jsonl")
-    (tmp_path / "folder.json").mkdir()
-    with pytest.raises(UserError, match=r"folder\.json: is a folder, not a file"):
-        read(tmp_path / "folder.json")
 
 
 def test_a_hub_source_is_loaded_by_datasets_at_its_revision(tmp_path, monkeypatch):
@@ -120,7 +214,22 @@ def test_a_hub_source_is_loaded_by_datasets_at_its_revision(tmp_path, monkeypatc
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "train.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     hub = str(tmp_path / "hub")
-    rows = list(read_rows(Source(kind="sft", hub=hub, revision="abc")))
+    rows = rows_of(hub=hub, revision="abc")
     assert rows == [(f"{hub}[train]:row {n}", row) for n, row in enumerate(ROWS, 1)]
     with pytest.raises(UserError, match=r"could not load split `test` at revision `abc`: .*; check the three"):
-        list(read_rows(Source(kind="sft", hub=hub, revision="abc", split="test")))
+        rows_of(hub=hub, revision="abc", split="test")
+
+
+def test_the_first_rows_of_a_hub_source_are_streamed(tmp_path, monkeypatch):
+    """Streaming writes no copy of the data set into the cache."""
+    import datasets
+
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "train.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    hub = str(tmp_path / "hub")
+    assert rows_of(hub=hub, revision="abc", rows=2) == [(f"{hub}[train]:row {n}", ROWS[n - 1]) for n in (1, 2)]
+    assert not list(cache.rglob("*.arrow"))
+    assert len(rows_of(hub=hub, revision="abc")) == 3
+    assert list(cache.rglob("*.arrow"))
