@@ -96,7 +96,7 @@ def run(
 
 def heldout_prompts(prompts: Path, count: int, seed: int) -> list[list[int]]:
     """`count` held-out prompts, encoded, in an order that belongs to the seed."""
-    column = TokenColumn(read_table(prompts / "heldout.arrow"), "input_ids")
+    column = TokenColumn(read_table(prompts / "heldout.arrow", ["input_ids"]), "input_ids")
     if len(column) < count:
         raise UserError(
             f"evaluate.prompts: found {count}, but the data has only {len(column)} held-out prompts; "

@@ -97,7 +97,7 @@ class Trainer:
         fixed = Fixed(
             ref=freeze(load_actor(sft, device)),
             reward=freeze(load_scorer(reward, device)),
-            prompts=TokenColumn(read_table(prompts / "train.arrow"), "input_ids"),
+            prompts=TokenColumn(read_table(prompts / "train.arrow", ["input_ids"]), "input_ids"),
             sampling=Sampling.of(generation, stop_ids(actor, tokenizer, generation.stop), tokenizer.pad_token_id),
             score_statistics=load_score_statistics(reward),
             score_function=ScoreFunction(

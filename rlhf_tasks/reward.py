@@ -103,7 +103,7 @@ class Pairs:
     """The encoded preference pairs of one split."""
 
     def __init__(self, path: Path, pad_id: int) -> None:
-        table = read_table(path)
+        table = read_table(path, ["input_ids_chosen", "input_ids_rejected", "margin"])
         self.chosen, self.rejected = (TokenColumn(table, f"input_ids_{side}") for side in ("chosen", "rejected"))
         self.margins = torch.from_numpy(table["margin"].to_numpy().copy()).float()
         self.pad_id = pad_id
@@ -202,7 +202,7 @@ def score_statistics(
         UserError: every sample has the same score.
     """
     tokenizer, actor = load_tokenizer(sft), load_actor(sft, device)
-    column = TokenColumn(read_table(prompts / "train.arrow"), "input_ids")
+    column = TokenColumn(read_table(prompts / "train.arrow", ["input_ids"]), "input_ids")
     rows = permutation(len(column), seed, "reward", "statistics", "prompts")
     questions = [column[rows[i % len(rows)]] for i in range(samples)]
     sampling = Sampling.of(generation, stop_ids(actor, tokenizer, generation.stop), tokenizer.pad_token_id)

@@ -72,7 +72,7 @@ class Rows:
     """The encoded rows of one split."""
 
     def __init__(self, path: Path, pad_id: int) -> None:
-        table = read_table(path)
+        table = read_table(path, ["prompt_ids", "response_ids"])
         self.prompts = TokenColumn(table, "prompt_ids")
         self.responses = TokenColumn(table, "response_ids")
         self.lengths: list[int] = (self.prompts.lengths() + self.responses.lengths()).tolist()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_tasks import config, reward
-from rlhf_tasks.data.prepare import SCHEMAS
+from rlhf_tasks.data.encoder import SCHEMAS
 from rlhf_tasks.data.tables import write_table
 from rlhf_tasks.models import load_actor, load_score_statistics, load_scorer
 from rlhf_tasks.reward import Pairs, calibration_error, evaluate_pairs, pairwise_loss, score_texts, wilson_interval

@@ -1,64 +1,48 @@
 """What must hold between rows: no duplicates, no contradictions, no text on both sides of the split.
 
-Texts are compared by a fingerprint of their words, blind to white space, so that these sets stay small.
+Texts are compared by digests: rows to the character, texts by a fingerprint of their words, blind to white space.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import NamedTuple, TypeVar
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from rlhf_tasks.data.encoding import plain_text
 from rlhf_tasks.data.formats import Conversation, Prompt
+from rlhf_tasks.data.spill import DIGEST_BYTES, Ask, Pair, Spill, Text, first_like
 
 SALT = b"rlhf held-out split"
-
-
-class Text(NamedTuple):
-    """A rendered SFT row; `texts` holds the fingerprint of prompt and response together."""
-
-    prompt: str
-    response: str
-    heldout: bool
-    texts: tuple[bytes, ...]
-
-
-class Pair(NamedTuple):
-    """A rendered preference row; `texts` holds the fingerprints of prompt with chosen and with rejected."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    margin: float
-    heldout: bool
-    texts: tuple[bytes, ...]
-
-
-class Ask(NamedTuple):
-    """A rendered prompt; `texts` holds its fingerprint."""
-
-    prompt: str
-    heldout: bool
-    texts: tuple[bytes, ...]
-
-
-Row = TypeVar("Row", Text, Pair, Ask)
+Twin = tuple[Spill[Any], npt.NDArray[np.int64]]
+"""For some dropped rows, the rows that they are in conflict with, and whose these are."""
 
 
 @dataclass
 class Dropped:
-    """Rows that were left out of one table, by reason."""
+    """Rows that were left out of one table, by reason: each `[rows]`, beside what each of them is in conflict with."""
 
-    duplicates: int = 0
-    contradictions: int = 0
-    leaks: int = 0
+    duplicates: list[tuple[npt.NDArray[np.int64], Twin]] = field(default_factory=list)
+    contradictions: list[tuple[npt.NDArray[np.int64], Twin]] = field(default_factory=list)
+    leaks: list[tuple[npt.NDArray[np.int64], Twin]] = field(default_factory=list)
+    pooled: int = 0
+
+    def counts(self) -> dict[str, int]:
+        """How many, by reason; ratings of one text that were pooled count as duplicates."""
+        found = {name: sum(len(rows) for rows, _ in getattr(self, name)) for name in REASONS}
+        return found | {"duplicates": found["duplicates"] + self.pooled}
+
+
+REASONS = ("duplicates", "contradictions", "leaks")
 
 
 def fingerprint(text: str, salt: bytes = b"") -> bytes:
     """16 bytes that stand for a text's words."""
-    return blake2b(" ".join(text.split()).encode(), digest_size=16, key=salt).digest()
+    return blake2b(" ".join(text.split()).encode(), digest_size=DIGEST_BYTES, key=salt).digest()
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -85,36 +69,47 @@ def is_heldout(text: str, fraction: float) -> bool:
     return int.from_bytes(fingerprint(text, SALT)[:8], "big") < fraction * 2**64
 
 
-def drop_duplicates(rows: Iterable[Row], dropped: Dropped) -> list[Row]:
-    """The rows that do not repeat, to the character, an earlier one of their side; margins are not compared."""
-    kept: dict[tuple[bool, tuple[str, ...]], Row] = {}
-    for row in rows:
-        if kept.setdefault((row.heldout, _identity(row)), row) is not row:
-            dropped.duplicates += 1
-    return list(kept.values())
+def drop_duplicates(table: Spill[Any], dropped: Dropped) -> None:
+    """Drop the rows that repeat, to the character, an earlier one of their side; margins are not compared."""
+    rows = np.flatnonzero(table.kept)
+    first = rows[first_like(np.column_stack([table.heldout[rows].astype(np.uint64), table.identities[rows]]))]
+    _drop(table, rows[first != rows], (table, first[first != rows]), dropped.duplicates)
 
 
-def drop_contradictions(pairs: Sequence[Pair], dropped: Dropped) -> list[Pair]:
-    """The pairs that no other pair turns round; of two that disagree neither is kept."""
-    orders = {(pair.prompt, pair.chosen, pair.rejected) for pair in pairs}
-    kept = [pair for pair in pairs if (pair.prompt, pair.rejected, pair.chosen) not in orders]
-    dropped.contradictions += len(pairs) - len(kept)
-    return kept
+def drop_contradictions(pairs: Spill[Pair], dropped: Dropped) -> None:
+    """Drop the pairs that another pair turns round; of two that disagree neither is kept."""
+    rows = np.flatnonzero(pairs.kept)
+    found = first_like(np.concatenate([pairs.identities[rows], pairs.reversals[rows]]))[len(rows) :]
+    turned = found < len(rows)
+    _drop(pairs, rows[turned], (pairs, rows[found[turned]]), dropped.contradictions)
 
 
-def drop_leaks(rows: Sequence[Row], heldout: set[bytes], dropped: Dropped) -> list[Row]:
-    """The rows without those training rows that hold a held-out text."""
-    kept = [row for row in rows if row.heldout or heldout.isdisjoint(row.texts)]
-    dropped.leaks += len(rows) - len(kept)
-    return kept
+def drop_leaks(table: Spill[Any], others: Sequence[Spill[Any]], dropped: Dropped) -> None:
+    """Drop the training rows of a table that hold a text of a held-out row in one of some tables."""
+    for other in others:
+        held, rows = np.flatnonzero(other.kept & other.heldout), np.flatnonzero(table.kept & ~table.heldout)
+        known, texts = other.texts[held], table.texts[rows]
+        found = first_like(np.concatenate([known.reshape(-1, 2), texts.reshape(-1, 2)]))[held.size * known.shape[1] :]
+        nearest = found.reshape(texts.shape[:2]).min(axis=1)
+        leaks = nearest < held.size * known.shape[1]
+        _drop(table, rows[leaks], (other, held[nearest[leaks] // known.shape[1]]), dropped.leaks)
 
 
-def heldout_texts(*tables: Sequence[Text | Pair | Ask]) -> set[bytes]:
-    """The fingerprints of every text in the held-out rows of some tables."""
-    return {text for rows in tables for row in rows if row.heldout for text in row.texts}
+def clean(sft: Spill[Text], pairs: Spill[Pair], prompts: Spill[Ask], dropped: dict[str, Dropped]) -> None:
+    """Duplicates first: what is left is compared for contradictions, and what of that is left, across the split."""
+    for name, table in (("sft", sft), ("pairs", pairs), ("prompts", prompts)):
+        drop_duplicates(table, dropped[name])
+    drop_contradictions(pairs, dropped["pairs"])
+    drop_leaks(sft, (sft, pairs), dropped["sft"])
+    drop_leaks(pairs, (sft, pairs), dropped["pairs"])
+    drop_leaks(prompts, (prompts,), dropped["prompts"])
 
 
-def _identity(row: Text | Pair | Ask) -> tuple[str, ...]:
-    if isinstance(row, Text):
-        return row.prompt, row.response
-    return (row.prompt, row.chosen, row.rejected) if isinstance(row, Pair) else (row.prompt,)
+def _drop(
+    table: Spill[Any],
+    rows: npt.NDArray[np.int64],
+    twin: Twin,
+    into: list[tuple[npt.NDArray[np.int64], Twin]],
+) -> None:
+    table.kept[rows] = False
+    into.append((rows, twin))

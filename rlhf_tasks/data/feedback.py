@@ -7,49 +7,54 @@ everything else by its prompt, so that one prompt is on one side in every source
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_tasks.data.contracts import (
-    Ask,
-    Dropped,
-    Pair,
-    Text,
-    drop_contradictions,
-    drop_duplicates,
-    drop_leaks,
-    fingerprint,
-    heldout_texts,
-    is_heldout,
-    prompt_text,
-    whole_text,
-)
+from rlhf_tasks.data.contracts import Dropped, clean, fingerprint, is_heldout, prompt_text, whole_text
 from rlhf_tasks.data.encoding import Template, render_prompt, render_response
-from rlhf_tasks.data.formats import Asked, Example, Preference, Prompt, Rated, Record
+from rlhf_tasks.data.formats import Asked, Preference, Prompt, Rated, Record
 from rlhf_tasks.data.pairs import continuation, merge_ratings, pairs_by_opening, pairs_by_prompt
+from rlhf_tasks.data.spill import Ask, Pair, Spill, Text
 
 if TYPE_CHECKING:
     from rlhf_tasks import config
 
+KINDS = ("sft", "pairs", "prompts")
+SIDES = ("train", "heldout")
 
-@dataclass
+
 class Feedback:
-    """The rows of all sources, in order of appearance, and what was left out on the way."""
+    """The rows of all sources, in order of appearance, and what was left out on the way.
 
-    template: Template
-    tokenizer: PreTrainedTokenizerBase | None
-    heldout: float
-    sft: list[Text] = field(default_factory=list)
-    pairs: list[Pair] = field(default_factory=list)
-    prompts: list[Ask] = field(default_factory=list)
-    too_short: int = 0
-    dropped: dict[str, Dropped] = field(default_factory=lambda: {k: Dropped() for k in ("sft", "pairs", "prompts")})
-    _rated: list[Rated] = field(default_factory=list)
-    _asked: list[Ask] = field(default_factory=list)
+    Their texts are kept in a folder; only rated texts, whose pairs are built between them, are held in memory.
 
-    def add(self, record: Record) -> None:
+    Attributes, once it is finished:
+        tables: the rows by kind (sft, pairs, prompts).
+        dropped: what was left out, by kind.
+        too_short: rated texts that leave no response after their opening.
+        sft_from_pairs: whether no source had SFT rows, so that they are the chosen answers.
+    """
+
+    def __init__(
+        self, template: Template, tokenizer: PreTrainedTokenizerBase | None, heldout: float, folder: Path
+    ) -> None:
+        self.template, self.tokenizer, self.heldout = template, tokenizer, heldout
+        self.sft, self.pairs = Spill(folder / "sft", Text), Spill(folder / "pairs", Pair)
+        self.prompts, self._asked = Spill(folder / "prompts", Ask), Spill(folder / "asked", Ask)
+        self.dropped = {kind: Dropped() for kind in KINDS}
+        self.too_short = 0
+        self.sft_from_pairs = False
+        self._rated: list[tuple[str, Rated]] = []
+
+    @property
+    def tables(self) -> dict[str, Spill[Any]]:
+        return {"sft": self.sft, "pairs": self.pairs, "prompts": self.prompts}
+
+    def add(self, where: str, record: Record) -> None:
         """Take one record.
 
         Raises:
@@ -58,73 +63,98 @@ class Feedback:
         if isinstance(record, Rated):
             if record.prompt is not None:
                 self._render(record.prompt)  # to refuse it while its place is known
-            self._rated.append(record)
+            self._rated.append((where, record))
             return
-        side = is_heldout(prompt_text(record.prompt), self.heldout)
+        text = prompt_text(record.prompt)
+        side, prompt = is_heldout(text, self.heldout), Ask(self._render(record.prompt), where)
         if isinstance(record, Asked):
-            self._asked.append(self._ask(record.prompt, side))
-        elif isinstance(record, Example):
-            self._add_example(record.prompt, record.response, side)
+            self._asked.add(prompt, side, [fingerprint(text)])
+            return
+        if isinstance(record, Preference):
+            self._add_pair(prompt, record, side)
         else:
-            self._add_pair(record, side)
-            self.prompts.append(self._ask(record.prompt, side))
+            self._add_example(prompt, record.prompt, record.response, side)
+        self.prompts.add(prompt, side, [fingerprint(text)])
 
     def finish(self, seed: int, ratings: config.Ratings) -> None:
         """Turn the ratings into rows, settle which source feeds what, and drop what must not be there."""
-        merged = list(merge_ratings(self._rated))
-        self.dropped["sft"].duplicates += len(self._rated) - len(merged)
+        merged = list(merge_ratings(record for _, record in self._rated))
+        self.dropped["sft"].pooled = len(self._rated) - len(merged)
+        places: dict[tuple[Prompt | None, str], str] = {}
+        for where, record in self._rated:
+            places.setdefault((record.prompt, record.text), where)
         self._rated.clear()
-        self._finish_prompted([(p, text, score) for p, text, score in merged if p is not None], seed, ratings)
-        self._finish_openings([(text, score) for p, text, score in merged if p is None], seed, ratings)
-        if not self.sft:
-            self.sft = [Text(p.prompt, p.chosen, p.heldout, p.texts[:1]) for p in self.pairs]
-        self.prompts = self._asked or self.prompts
-        self._clean()
+        self._finish_prompted([(p, text, score) for p, text, score in merged if p is not None], seed, ratings, places)
+        self._finish_openings([(text, score) for p, text, score in merged if p is None], seed, ratings, places)
+        self.pairs.seal()
+        if len(self.sft) == 0:
+            self.sft_from_pairs = True
+            self._learn_chosen()
+        for spill in (self.sft, self.prompts, self._asked):
+            spill.seal()
+        if len(self._asked):
+            self.prompts = self._asked
+        clean(self.sft, self.pairs, self.prompts, self.dropped)
 
-    def _finish_prompted(self, rated: list[tuple[Prompt, str, float]], seed: int, ratings: config.Ratings) -> None:
+    def wanted(self, kind: str, side: str) -> npt.NDArray[np.bool_]:
+        """Which rows of a table stay and are on a side (train, heldout), `[rows]`."""
+        table = self.tables[kind]
+        return table.kept & (table.heldout == (side == "heldout"))
+
+    def _finish_prompted(
+        self,
+        rated: list[tuple[Prompt, str, float]],
+        seed: int,
+        ratings: config.Ratings,
+        places: dict[tuple[Prompt | None, str], str],
+    ) -> None:
         for prompt, text, _ in rated:
-            self._add_example(prompt, text, is_heldout(prompt_text(prompt), self.heldout))
+            side, ask = is_heldout(prompt_text(prompt), self.heldout), Ask(self._render(prompt), places[prompt, text])
+            self._add_example(ask, prompt, text, side)
+            self.prompts.add(ask, side, [fingerprint(prompt_text(prompt))])
         for pair in pairs_by_prompt(rated, seed, ratings.min_gap, ratings.pairs_per_text):
-            self._add_pair(pair, is_heldout(prompt_text(pair.prompt), self.heldout))
+            ask = Ask(self._render(pair.prompt), places[pair.prompt, pair.chosen])
+            self._add_pair(ask, pair, is_heldout(prompt_text(pair.prompt), self.heldout))
 
-    def _finish_openings(self, rated: list[tuple[str, float]], seed: int, ratings: config.Ratings) -> None:
+    def _finish_openings(
+        self,
+        rated: list[tuple[str, float]],
+        seed: int,
+        ratings: config.Ratings,
+        places: dict[tuple[Prompt | None, str], str],
+    ) -> None:
         sides: dict[bool, list[tuple[str, float]]] = {False: [], True: []}
         for text, score in rated:
             sides[is_heldout(text, self.heldout)].append((text, score))
         for side, texts in sides.items():
             for text, _ in texts:
                 if parts := continuation(text, ratings.opening_words, seed):
-                    self._add_example(*parts, side)
+                    ask = Ask(self._render(parts[0]), places[None, text])
+                    self._add_example(ask, *parts, side)
+                    self.prompts.add(ask, side, [fingerprint(prompt_text(parts[0]))])
                 else:
                     self.too_short += 1
             for pair in pairs_by_opening(texts, seed, ratings.min_gap, ratings.pairs_per_text):
-                self._add_pair(pair, side)
+                where = places[None, f"{pair.prompt}{pair.chosen}"]
+                self._add_pair(Ask(self._render(pair.prompt), where), pair, side)
 
-    def _clean(self) -> None:
-        """Duplicates first: what is left is compared for contradictions, and what of that is left, across the split."""
-        dropped = self.dropped
-        self.sft = drop_duplicates(self.sft, dropped["sft"])
-        self.pairs = drop_contradictions(drop_duplicates(self.pairs, dropped["pairs"]), dropped["pairs"])
-        self.prompts = drop_duplicates(self.prompts, dropped["prompts"])
-        heldout = heldout_texts(self.sft, self.pairs)
-        self.sft = drop_leaks(self.sft, heldout, dropped["sft"])
-        self.pairs = drop_leaks(self.pairs, heldout, dropped["pairs"])
-        self.prompts = drop_leaks(self.prompts, heldout_texts(self.prompts), dropped["prompts"])
+    def _learn_chosen(self) -> None:
+        row = 0
+        for batch in self.pairs.batches():
+            for pair in batch:
+                side, texts = bool(self.pairs.heldout[row]), [self.pairs.texts[row, 0].tobytes()]
+                self.sft.add(Text(pair.prompt, pair.chosen, pair.where), side, texts)
+                row += 1
 
-    def _add_example(self, prompt: Prompt, response: str, heldout: bool) -> None:
-        ask = self._ask(prompt, heldout)
+    def _add_example(self, ask: Ask, prompt: Prompt, response: str, heldout: bool) -> None:
         answer = render_response(response, prompt, self.template)
-        self.sft.append(Text(ask.prompt, answer, heldout, (whole_text(prompt, response),)))
-        self.prompts.append(ask)
+        self.sft.add(Text(ask.prompt, answer, ask.where), heldout, [whole_text(prompt, response)])
 
-    def _add_pair(self, pair: Preference, heldout: bool) -> None:
+    def _add_pair(self, ask: Ask, pair: Preference, heldout: bool) -> None:
         prompt, answers = pair.prompt, (pair.chosen, pair.rejected)
         chosen, rejected = (render_response(answer, prompt, self.template) for answer in answers)
-        texts = tuple(whole_text(prompt, answer) for answer in answers)
-        self.pairs.append(Pair(self._render(prompt), chosen, rejected, pair.margin, heldout, texts))
-
-    def _ask(self, prompt: Prompt, heldout: bool) -> Ask:
-        return Ask(self._render(prompt), heldout, (fingerprint(prompt_text(prompt)),))
+        row = Pair(ask.prompt, chosen, rejected, pair.margin, ask.where)
+        self.pairs.add(row, heldout, [whole_text(prompt, answer) for answer in answers])
 
     def _render(self, prompt: Prompt) -> str:
         return render_prompt(prompt, self.template, self.tokenizer)

@@ -13,24 +13,28 @@ Numbers = dict[str, float]
 
 @dataclass
 class Lengths:
-    """Token counts of one column, and how many of its rows were cut."""
+    """Token counts of one column before anything is cut, and the count from which on it is."""
 
+    limit: int
     tokens: array[int] = field(default_factory=lambda: array("i"))
-    cut: int = 0
 
-    def add(self, tokens: int, *, cut: bool) -> None:
+    def add(self, tokens: int) -> None:
         self.tokens.append(tokens)
-        self.cut += cut
 
     def numbers(self) -> Numbers:
-        """Mean, 95th percentile and maximum in tokens; the share of rows that were cut, 0 to 1."""
-        tokens = np.asarray(self.tokens)
+        """Mean, 95th percentile and maximum in tokens as they are kept; the share of rows that were cut, 0 to 1."""
+        whole = np.asarray(self.tokens)
+        tokens = np.minimum(whole, self.limit)
         return {
             "mean": float(tokens.mean()),
             "p95": float(np.percentile(tokens, 95)),
             "max": int(tokens.max()),
-            "share_cut": self.cut / len(tokens),
+            "share_cut": int((whole > self.limit).sum()) / len(tokens),
         }
+
+    def longest(self) -> int:
+        """The maximum in tokens, before anything is cut."""
+        return max(self.tokens)
 
 
 @dataclass

@@ -37,8 +37,11 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema
     return count
 
 
-def read_table(path: Path) -> pa.Table:
-    """The table of a file, memory-mapped: of rows of tokens only the offsets are read before they are used.
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Columns of a file's table, or all, memory-mapped.
+
+    What they hold is checked: of texts that means to read them whole, of rows of tokens their offsets alone. So who
+    trains names the columns of tokens, and what it does not name it cannot get at.
 
     Raises:
         UserError: the file is no such table.
@@ -49,8 +52,9 @@ def read_table(path: Path) -> pa.Table:
             schema = pa.ipc.read_schema(messages.read_next_message())
             batches = [_read_batch(message, schema) for message in messages]
         table = pa.Table.from_batches(batches, schema)
+        table = table if columns is None else table.select(columns)
         table.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError, StopIteration, struct.error) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, StopIteration, struct.error) as error:
         reason = " ".join(str(error).split())[:200] or "it is empty"
         raise UserError(f"{path}: not a table that `prepare` wrote ({reason}); delete it and run `rlhf run`") from None
     return table

@@ -70,7 +70,7 @@ def evaluation_prompts(root: Path, params: Params) -> Finding:
     count, heldout = params.evaluate.prompts, root / "data/prepared/prompts/heldout.arrow"
     if not heldout.exists():
         return Finding("evaluation", None, f"{count} held-out prompts, if prepare finds as many")
-    have = len(TokenColumn(read_table(heldout), "input_ids"))
+    have = len(TokenColumn(read_table(heldout, ["input_ids"]), "input_ids"))
     if count > have:
         return Finding("evaluation", False, f"evaluate.prompts: {count}, but there are {have} held-out prompts")
     if count < 100:

@@ -1,12 +1,18 @@
 """Which source feeds what, and that no text ends up on both sides of the split."""
 
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_tasks.config import Ratings
-from rlhf_tasks.data.contracts import Dropped, Text, drop_leaks, is_heldout, whole_text
+from rlhf_tasks.data.contracts import Dropped, drop_leaks, is_heldout, whole_text
 from rlhf_tasks.data.feedback import Feedback
 from rlhf_tasks.data.formats import Asked, Conversation, Example, Instruction, Message, Preference, Rated
+from rlhf_tasks.data.spill import Spill, Text, first_like
 
 RATINGS = Ratings(min_gap=0.5)
 short = st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map(" ".join)
@@ -19,12 +25,30 @@ records = st.one_of(
 )
 
 
+class Gathered:
+    """What became of some records: `sft`, `pairs` and `prompts` as lists, each row with its side; what was dropped."""
+
+    def __init__(self, feedback):
+        for kind, table in feedback.tables.items():
+            kept = [row for rows in table.batches(table.kept) for row in rows]
+            sides = table.heldout[table.kept].tolist()
+            together = zip(kept, sides, strict=True)
+            setattr(self, kind, [SimpleNamespace(**row._asdict(), heldout=side) for row, side in together])
+        self.dropped = {kind: dropped.counts() for kind, dropped in feedback.dropped.items()}
+        self.too_short = feedback.too_short
+
+
 def gather(rows, heldout=0.5, template="none", seed=0):
-    feedback = Feedback(template, None, heldout)
-    for row in rows:
-        feedback.add(row)
-    feedback.finish(seed, RATINGS)
-    return feedback
+    with tempfile.TemporaryDirectory() as folder:
+        feedback = Feedback(template, None, heldout, Path(folder))
+        for number, row in enumerate(rows, 1):
+            feedback.add(f"file:{number}", row)
+        feedback.finish(seed, RATINGS)
+        return Gathered(feedback)
+
+
+def counts(duplicates=0, contradictions=0, leaks=0):
+    return {"duplicates": duplicates, "contradictions": contradictions, "leaks": leaks}
 
 
 def sides(rows, texts):
@@ -52,8 +76,10 @@ by_prompt = records.filter(lambda record: not isinstance(record, Rated))
 def test_new_rows_move_no_text_to_the_other_side(rows, more):
     before, after = gather(rows), gather(rows + more)
     for table in ("sft", "prompts"):
-        old = {row[:-2]: row.heldout for row in getattr(before, table)}
-        new = {row[:-2]: row.heldout for row in getattr(after, table)}
+        old, new = (
+            {(row.prompt, getattr(row, "response", "")): row.heldout for row in getattr(gathered, table)}
+            for gathered in (before, after)
+        )
         assert all(old[key] == new[key] for key in old.keys() & new.keys())
 
 
@@ -90,7 +116,8 @@ def test_sources_feed_what_the_design_says():
 def test_conversations_keep_their_space_in_pairs_and_examples():
     talk = Conversation((Message("user", "Hello"),))
     feedback = gather([Preference(talk, "Hi", "Yo", 0.0), Example(talk, "Hi")])
-    assert feedback.pairs[0][:3] == ("\n\nHuman: Hello\n\nAssistant:", " Hi", " Yo")
+    pair = feedback.pairs[0]
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("\n\nHuman: Hello\n\nAssistant:", " Hi", " Yo")
     assert feedback.sft[0].response == " Hi"
 
 
@@ -100,17 +127,17 @@ def test_duplicates_are_dropped_and_counted():
     feedback = gather(
         [Example("p", " r"), Example("p", " r"), pair, pair._replace(margin=1.0), Asked("x"), Asked("x"), *rated]
     )
-    assert feedback.dropped == {"sft": Dropped(2), "pairs": Dropped(1), "prompts": Dropped(1)}
+    assert feedback.dropped == {"sft": counts(2), "pairs": counts(1), "prompts": counts(1)}
     assert [len(table) for table in (feedback.sft, feedback.pairs, feedback.prompts)] == [2, 1, 1]
     assert feedback.pairs[0].margin == 0.0, "the first one is kept"
-    assert gather([Example("1+1", "2"), Example("1+", "12")]).dropped["sft"].duplicates == 0, "not to the character"
+    assert gather([Example("1+1", "2"), Example("1+", "12")]).dropped["sft"]["duplicates"] == 0, "not to the character"
 
 
 def test_pairs_that_contradict_each_other_are_both_dropped():
     rows = [Preference("q", " a", " b", 0.0), Preference("q", " b", " a", 1.0), Preference("r", " a", " b", 0.0)]
     feedback = gather(rows)
     assert [row.prompt for row in feedback.pairs] == ["r"]
-    assert feedback.dropped["pairs"] == Dropped(contradictions=2)
+    assert feedback.dropped["pairs"] == counts(contradictions=2)
 
 
 def test_a_training_row_with_a_heldout_text_is_dropped_and_counted():
@@ -120,8 +147,8 @@ def test_a_training_row_with_a_heldout_text_is_dropped_and_counted():
     rows += [Example(text.removesuffix(" is a fine film"), "  is a  fine film") for text in texts]
     feedback = gather(rows)
     crossing = sum(is_heldout(text, 0.5) != is_heldout(text.removesuffix(" is a fine film"), 0.5) for text in texts)
-    assert feedback.dropped["sft"].leaks == crossing > 5
-    assert feedback.dropped["pairs"].leaks > 0
+    assert feedback.dropped["sft"]["leaks"] == crossing > 5
+    assert feedback.dropped["pairs"]["leaks"] > 0
     assert len({whole_text(None, text) for text in texts}) == 40
 
 
@@ -130,7 +157,7 @@ def test_the_answers_of_heldout_pairs_leak_too():
     pairs = [Preference(f"number {i}", " is good", " is a fine film", 0.0) for i in range(40)]
     feedback = gather([*pairs, *(Rated(None, text, (1.0,)) for text in texts)])
     crossing = sum(is_heldout(f"number {i}", 0.5) and not is_heldout(text, 0.5) for i, text in enumerate(texts))
-    assert feedback.dropped["sft"].leaks == crossing > 2
+    assert feedback.dropped["sft"]["leaks"] == crossing > 2
 
 
 def test_an_opening_that_both_sides_have_is_a_heldout_prompt():
@@ -139,11 +166,67 @@ def test_an_opening_that_both_sides_have_is_a_heldout_prompt():
         feedback = gather([Rated(None, text, (1.0,)) for text in rows])
         assert {row.heldout for row in feedback.prompts if row.prompt == "It's a"} == {True}
         assert {row.heldout for row in feedback.sft if row.prompt == "It's a"} == {False, True}
-        assert feedback.dropped["prompts"].leaks > 0
+        assert feedback.dropped["prompts"]["leaks"] > 0
 
 
-def test_only_training_rows_leak():
-    rows = [Text("p", " r", side, (b"x",)) for side in (False, True)]
-    dropped = Dropped()
-    assert drop_leaks(rows, {b"x"}, dropped) == rows[1:]
-    assert dropped.leaks == 1
+def test_only_training_rows_leak_and_say_what_they_repeat(tmp_path):
+    table, dropped = Spill(tmp_path / "sft", Text), Dropped()
+    for where, side, text in (("a:1", False, b"x"), ("a:2", True, b"x"), ("a:3", False, b"y"), ("a:4", False, b"x")):
+        table.add(Text("p", " r", where), side, [text * 16])
+    table.seal()
+    drop_leaks(table, [table], dropped)
+    assert table.kept.tolist() == [False, True, True, False]
+    (rows, (other, twins)) = dropped.leaks[0]
+    assert (table.places(rows), other.places(twins)) == (["a:1", "a:4"], ["a:2", "a:2"])
+
+
+def test_every_row_knows_where_it_came_from():
+    pair = Preference("q", " good", " bad", 0.0)
+    rated = [Rated(None, "It's a film, good", (3.0,)), Rated(None, "It's a film, bad", (1.0,)), Rated("p", "x", (1.0,))]
+    gathered = gather([pair, Asked("x"), *rated, Rated("p", "y", (3.0,))], heldout=0.0001)
+    assert [row.where for row in gathered.pairs] == ["file:1", "file:6", "file:3"]
+    assert [row.where for row in gathered.prompts] == ["file:2"]
+    assert [row.where for row in gathered.sft] == ["file:5", "file:6", "file:3", "file:4"]
+    assert [row.where for row in gather([pair]).sft] == ["file:1"]
+
+
+# Digests --------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=40))
+def test_the_first_row_that_is_the_same(rows):
+    found = first_like(np.array(rows, np.uint64).reshape(-1, 2))
+    assert found.tolist() == [rows.index(row) for row in rows]
+
+
+@given(st.lists(records, max_size=30))
+def test_dropping_by_digest_is_dropping_by_text(rows):
+    """The rows that stay, as comparing whole texts would have it."""
+    with tempfile.TemporaryDirectory() as folder:
+        feedback = Feedback("none", None, 0.5, Path(folder))
+        for row in rows:
+            feedback.add("", row)
+        feedback.finish(0, RATINGS)
+        every = {
+            kind: list(zip([r for batch in t.batches() for r in batch], t.heldout.tolist(), strict=True))
+            for kind, t in feedback.tables.items()
+        }
+        kept = {kind: [pair for pair, keep in zip(every[kind], t.kept, strict=True) if keep] for kind, t in
+                feedback.tables.items()}  # fmt: skip
+    unique = {}
+    for kind, table in every.items():
+        by_text = {}
+        for row, side in table:
+            texts = tuple(v for k, v in row._asdict().items() if k not in ("margin", "where"))
+            by_text.setdefault((side, texts), (row, side))
+        unique[kind] = list(by_text.values())
+    orders = {(p.prompt, p.chosen, p.rejected) for p, _ in unique["pairs"]}
+    unique["pairs"] = [x for x in unique["pairs"] if (x[0].prompt, x[0].rejected, x[0].chosen) not in orders]
+
+    def words(row):
+        answers = (row.response,) if isinstance(row, Text) else (row.chosen, row.rejected)
+        return {" ".join((row.prompt + answer).split()) for answer in answers}
+
+    held = set().union(*(words(row) for kind in ("sft", "pairs") for row, side in unique[kind] if side), set())
+    for kind in ("sft", "pairs"):
+        assert kept[kind] == [(row, side) for row, side in unique[kind] if side or held.isdisjoint(words(row))]

@@ -82,7 +82,11 @@ def test_the_shipped_ratings_give_enough_of_everything(shipped):
     assert 1000 < counts["pairs_heldout"] < 1500
     assert counts["prompts_heldout"] > 512
     assert counts["sft_train"] + counts["sft_heldout"] > 10_500
-    assert calls[-1] == {"done": sum(counts.values()), "total": sum(counts.values())}
+    done = [call["done"] for call in calls]
+    assert done == sorted(done)
+    assert all(call["done"] <= call["total"] for call in calls)
+    assert calls[-1] == {"done": 10605 + sum(counts.values()), "total": 10605 + sum(counts.values())}
+    assert calls[0]["done"] < 1500 < 30_000 < calls[0]["total"] < 60_000, "while it reads, it guesses what is to come"
     assert {path.name for path in out.iterdir()} == {"sft", "pairs", "prompts", "tokenizer", "metrics.json"}
 
 

@@ -115,6 +115,25 @@ def test_offsets_that_point_elsewhere_are_refused(tmp_path, offsets):
         read_table(path)
 
 
+def test_only_the_columns_that_are_asked_for_are_checked_and_there(path, tmp_path):
+    """A million rows open at once because their texts are not read; nobody can get at what was not checked."""
+    broken = tmp_path / "broken.arrow"
+    content = path.read_bytes()
+    at = content.index("row 700 🎬".encode()) + 8
+    broken.write_bytes(content[:at] + b"\xff" + content[at + 1 :])  # no UTF-8
+    with pytest.raises(UserError, match=r"broken\.arrow: not a table"):
+        read_table(broken)
+    table = read_table(broken, ["ids"])
+    assert table.column_names == ["ids"]
+    assert [row.tolist() for row in TokenColumn(table, "ids")] == [row["ids"] for row in rows(2500)]
+    with pytest.raises(UserError, match=r"broken\.arrow: not a table .*none"):
+        read_table(broken, ["none"])
+    hostile = tmp_path / "hostile.arrow"
+    write_ids(hostile, [0, 4, 2, 4], [1, 2, 3, 4])
+    with pytest.raises(UserError, match=r"hostile\.arrow: not a table"):
+        read_table(hostile, ["ids"])
+
+
 def test_a_few_bytes_do_not_fill_the_memory(tmp_path):
     path, count = tmp_path / "bomb.arrow", 1 << 22
     write_ids(path, [0, count], np.zeros(count, np.int32), compression="zstd")
