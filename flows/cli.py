@@ -46,6 +46,7 @@ a changed parameter runs what depends on it, and a run that was killed goes on w
 * `rlhf reproduce HEAD`: do it again in a clean folder: do all digests agree?
 * `rlhf plan`: memory, work and time of every part, on this machine or on a GPU that you name
 * `rlhf gc`: what the store holds that nothing needs any more
+* `rlhf data check`: is anything wrong with the data, file by file and row by row?
 * `rlhf doctor`: is anything wrong with the configuration or the checkpoints?
 * `dvc repro`: the same work through DVC; `mlflow ui`: every run's curves and the registered models
 """,
@@ -192,6 +193,20 @@ def doctor() -> None:
         say_finding(finding)
         findings.append(finding)
     sys.exit(1 if any(finding.ok is False for finding in findings) else 0)
+
+
+data = typer.Typer(no_args_is_help=True, help="Look at the data of `data.sources`.")
+app.add_typer(data, name="data")
+
+
+@data.command("check")
+def data_check(as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False) -> None:
+    """Say all that is wrong with the data, file by file and row by row, before any training; then exit with 2."""
+    root = Path.cwd()
+    params = load_params(root / "params.yaml")
+    from flows.data import check_data
+
+    sys.exit(0 if check_data(root, params, as_json=as_json) else 2)
 
 
 def main() -> None:

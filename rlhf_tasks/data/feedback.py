@@ -37,6 +37,7 @@ class Feedback:
         dropped: what was left out, by kind.
         too_short: rated texts that leave no response after their opening.
         sft_from_pairs: whether no source had SFT rows, so that they are the chosen answers.
+        prompts_given: whether there were sources of prompts, so that only those count.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Feedback:
         self.prompts, self._asked = Spill(folder / "prompts", Ask), Spill(folder / "asked", Ask)
         self.dropped = {kind: Dropped() for kind in KINDS}
         self.too_short = 0
-        self.sft_from_pairs = False
+        self.sft_from_pairs = self.prompts_given = False
         self._rated: list[tuple[str, Rated]] = []
 
     @property
@@ -92,7 +93,8 @@ class Feedback:
             self._learn_chosen()
         for spill in (self.sft, self.prompts, self._asked):
             spill.seal()
-        if len(self._asked):
+        self.prompts_given = len(self._asked) > 0
+        if self.prompts_given:
             self.prompts = self._asked
         clean(self.sft, self.pairs, self.prompts, self.dropped)
 

@@ -10,7 +10,8 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from rlhf_tasks.errors import UserError
@@ -103,6 +104,14 @@ def parse_row(where: str, row: Mapping[str, Any], kind: Kind, scale: tuple[float
     return Asked(_asked(fields))
 
 
+class RowError(UserError):
+    """The first thing that is wrong with a row, and what else is: `more`."""
+
+    def __init__(self, first: UserError, more: list[UserError]) -> None:
+        super().__init__(str(first))
+        self.more = more
+
+
 class _Fields:
     """A row's fields, with the one way to complain about them."""
 
@@ -114,6 +123,18 @@ class _Fields:
 
     def wrong(self, name: str, found: str, expected: str) -> UserError:
         return UserError(f"{self.where}: `{name}` is {found}, expected {expected}")
+
+    def each(self, *readings: Callable[[], Any]) -> list[Any]:
+        """What some readings give, all of which are tried: what is wrong with one says nothing of the next."""
+        values, errors = [], []
+        for reading in readings:
+            try:
+                values.append(reading())
+            except UserError as error:
+                errors += [error, *getattr(error, "more", [])]
+        if errors:
+            raise errors[0] if len(errors) == 1 else RowError(errors[0], errors[1:])
+        return values
 
     def get(self, name: str) -> Any:
         if name not in self.row:
@@ -147,15 +168,15 @@ class _Fields:
     def messages(self, name: str, value: Any) -> tuple[Message, ...]:
         if not isinstance(value, list) or not value:
             raise self.wrong(name, _show(value), "a list of messages, each with `role` and `content`")
-        messages = []
-        for number, item in enumerate(value, 1):
-            place = f"{name}[{number}]"
-            if not isinstance(item, dict) or "role" not in item or "content" not in item:
-                raise self.wrong(place, _show(item), "a message with `role` and `content`")
-            if item["role"] not in ROLES:
-                raise self.wrong(f"{place}.role", _show(item["role"]), "system, user or assistant")
-            messages.append(Message(item["role"], self.text(f"{place}.content", item["content"])))
-        return tuple(messages)
+        readings = (partial(self.message, f"{name}[{number}]", item) for number, item in enumerate(value, 1))
+        return tuple(self.each(*readings))
+
+    def message(self, place: str, item: Any) -> Message:
+        if not isinstance(item, dict) or "role" not in item or "content" not in item:
+            raise self.wrong(place, _show(item), "a message with `role` and `content`")
+        if item["role"] not in ROLES:
+            raise self.wrong(f"{place}.role", _show(item["role"]), "system, user or assistant")
+        return Message(item["role"], self.text(f"{place}.content", item["content"]))
 
     def prompt(self, name: str, value: Any) -> Prompt:
         """A text, a list of messages that ends with the user's, or a transcript that ends with `Assistant:`."""
@@ -186,9 +207,23 @@ def _example(fields: _Fields) -> Example:
         messages = fields.ends("messages", fields.messages("messages", fields.get("messages")), "assistant")
         return Example(Conversation(fields.ends("messages", messages[:-1], "user")), messages[-1].content)
     if "prompt" in fields or "completion" in fields:
-        prompt = fields.prompt("prompt", fields.get("prompt"))
-        return Example(prompt, fields.answer("completion", fields.get("completion"), prompt))
-    return Example(_instruction(fields), fields.text("output", fields.get("output")))
+        prompt, completion = _prompt_and(fields, "completion")
+        return Example(prompt, completion)
+    return Example(*fields.each(lambda: _instruction(fields), lambda: fields.text("output", fields.get("output"))))
+
+
+def _prompt_and(fields: _Fields, *answers: str) -> list[Any]:
+    """The prompt and its answers; how an answer is read depends on whether the prompt is a conversation."""
+    talk: list[Prompt] = []
+
+    def prompt() -> Prompt:
+        talk.append(fields.prompt("prompt", fields.get("prompt")))
+        return talk[0]
+
+    def answer(name: str) -> str:
+        return fields.answer(name, fields.get(name), talk[0] if talk else "")
+
+    return fields.each(prompt, *(partial(answer, name) for name in answers))
 
 
 def _instruction(fields: _Fields) -> Instruction:
@@ -198,26 +233,37 @@ def _instruction(fields: _Fields) -> Instruction:
 
 
 def _preference(fields: _Fields) -> Preference:
+    (prompt, chosen, rejected), margin = fields.each(lambda: _compared(fields), lambda: _margin(fields))
+    return Preference(prompt, chosen, rejected, margin)
+
+
+def _margin(fields: _Fields) -> float:
+    margin = fields.row.get("margin", "")
+    return 0.0 if margin == "" else fields.number("margin", margin)
+
+
+def _compared(fields: _Fields) -> tuple[Prompt, str, str]:
+    """A row's prompt, chosen and rejected."""
+    if "prompt" in fields and not all(name in fields for name in ("chosen", "rejected")):
+        _prompt_and(fields, "chosen", "rejected")
     chosen, rejected = fields.get("chosen"), fields.get("rejected")
     same = fields.wrong("chosen", "the same as `rejected`", "two different answers")
-    if chosen == rejected:
+    if chosen == rejected and chosen not in ("", None):
         raise same
     if isinstance(chosen, list) and isinstance(rejected, list) and (len(chosen) > 1 or "prompt" not in fields):
         # A `prompt` beside whole conversations only repeats their opening.
         prompt, chosen, rejected = _split_messages(fields, chosen, rejected)
     elif "prompt" in fields:
-        prompt = fields.prompt("prompt", fields.get("prompt"))
-        chosen, rejected = fields.answer("chosen", chosen, prompt), fields.answer("rejected", rejected, prompt)
+        prompt, chosen, rejected = _prompt_and(fields, "chosen", "rejected")
     else:
         prompt, chosen, rejected = _split_transcripts(fields, chosen, rejected)
     if chosen == rejected:
         raise same
-    margin = fields.row.get("margin", "")
-    return Preference(prompt, chosen, rejected, 0.0 if margin == "" else fields.number("margin", margin))
+    return prompt, chosen, rejected
 
 
 def _split_messages(fields: _Fields, chosen: Any, rejected: Any) -> tuple[Prompt, str, str]:
-    best, worst = fields.messages("chosen", chosen), fields.messages("rejected", rejected)
+    best, worst = fields.each(lambda: fields.messages("chosen", chosen), lambda: fields.messages("rejected", rejected))
     best, worst = fields.ends("chosen", best, "assistant"), fields.ends("rejected", worst, "assistant")
     if best[:-1] != worst[:-1]:
         raise fields.wrong("rejected", "a different conversation", "the messages of `chosen` up to the last answer")
@@ -226,7 +272,7 @@ def _split_messages(fields: _Fields, chosen: Any, rejected: Any) -> tuple[Prompt
 
 def _split_transcripts(fields: _Fields, chosen: Any, rejected: Any) -> tuple[Prompt, str, str]:
     """Two transcripts: the prompt is what they share, up to the last `Assistant:` of it."""
-    best, worst = fields.text("chosen", chosen), fields.text("rejected", rejected)
+    best, worst = fields.each(lambda: fields.text("chosen", chosen), lambda: fields.text("rejected", rejected))
     best, worst = (text if text.startswith("\n\n") else "\n\n" + text.lstrip() for text in (best, worst))
     differs = next((i for i, (a, b) in enumerate(zip(best, worst, strict=False)) if a != b), min(len(best), len(worst)))
     end = best.rfind(ANSWER, 0, differs) + len(ANSWER)
@@ -260,9 +306,8 @@ def _rated(fields: _Fields, scale: tuple[float, float]) -> Rated:
             values = json.loads(values)
     if not isinstance(values, list) or not values:
         raise fields.wrong("ratings", _show(values), "a list of at least one number; for a single one use `rating`")
-    return Rated(
-        prompt, text, tuple(_rating(fields, f"ratings[{n}]", value, scale) for n, value in enumerate(values, 1))
-    )
+    readings = (partial(_rating, fields, f"ratings[{n}]", value, scale) for n, value in enumerate(values, 1))
+    return Rated(prompt, text, tuple(fields.each(*readings)))
 
 
 def _rating(fields: _Fields, name: str, value: Any, scale: tuple[float, float]) -> float:

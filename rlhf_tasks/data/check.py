@@ -1,0 +1,266 @@
+"""`rlhf data check`: everything that is wrong with the data, before any training.
+
+It takes the steps of `prepare` and writes none of its results: where `prepare` stops at the first fault, this goes on.
+A *problem* is what `prepare` refuses; a *remark* is what it puts up with: rows it leaves out, texts it cuts.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlhf_tasks.data.contracts import REASONS, fingerprint, is_heldout, prompt_text
+from rlhf_tasks.data.encoder import Encoder
+from rlhf_tasks.data.feedback import SIDES, Feedback
+from rlhf_tasks.data.formats import Rated, Record
+from rlhf_tasks.data.near import NearTexts
+from rlhf_tasks.data.prepare import (
+    TABLES,
+    Progress,
+    Steps,
+    check_kinds,
+    check_rows,
+    encode_all,
+    learn_tokenizer,
+    open_tokenizer,
+    read_all,
+    table_numbers,
+)
+from rlhf_tasks.data.sources import Meter
+from rlhf_tasks.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf_tasks import config
+
+SCRATCH_POSITIONS = 2048
+PLACES = 1000
+"""Places that a remark names; how many there are is counted in full."""
+
+BIASED = 0.65
+"""Share of pairs with the longer answer chosen, or rejected, from which on a reward model could live off length."""
+BIASED_PAIRS = 50
+"""Fewer pairs than this say nothing of it."""
+
+SAID = {
+    "duplicates": "repeat an earlier row; `prepare` keeps the first",
+    "contradictions": "are turned round by another pair; `prepare` keeps neither",
+    "leaks": "hold a held-out text; `prepare` keeps the held-out row only",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What `prepare` refuses, and where it stands: a file and line, a file, or a key of params.yaml."""
+
+    where: str
+    message: str
+
+    @property
+    def file(self) -> str:
+        head, _, tail = self.where.rpartition(":")
+        return head if tail.removeprefix("row ").isdigit() else self.where
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What `prepare` puts up with: of how many rows, in which files, and the first of their places."""
+
+    name: str
+    message: str
+    rows: int
+    files: dict[str, int] = field(default_factory=dict)
+    places: list[str] = field(default_factory=list)
+
+    @classmethod
+    def at(cls, name: str, message: str, where: list[str], places: Iterable[str] | None = None) -> Remark:
+        """A remark on the rows at some places."""
+        files = Counter(Problem(place, "").file for place in where if place)
+        return cls(name, message, len(where), dict(sorted(files.items())), list(places or where)[:PLACES])
+
+
+@dataclass
+class Report:
+    """All that was found.
+
+    Attributes:
+        rows: good rows by source, as metrics/prepare.json counts them.
+        tables: by table (`sft_train`) its rows, tokens a column, the longest before it is cut, the balance of pairs.
+    """
+
+    rows: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
+
+    def add(self, where: str, error: UserError) -> None:
+        """Take a row's or a file's error, with all that it has to say."""
+        for one in (error, *getattr(error, "more", [])):
+            text = str(one)
+            self.problems.append(Problem(where, text if where in text else f"{where}: {text}"))
+
+    def document(self) -> dict[str, Any]:
+        """The report as JSON."""
+        return {"ok": not self.problems} | asdict(self)
+
+
+@dataclass
+class _Cuts:
+    """Which rows' prompts and answers are cut, by place, and how many tokens they had."""
+
+    prompts: dict[str, int] = field(default_factory=dict)
+    answers: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, where: str, column: str, tokens: int) -> None:
+        known = self.prompts if column == "prompt" else self.answers
+        known[where] = max(tokens, known.get(where, 0))
+
+
+def check(*, seed: int, data: config.Data, model: config.Model, scratch: Path, progress: Progress) -> Report:
+    """Look at all sources as `prepare` would; `scratch` is a folder for what does not fit into memory."""
+    report = Report()
+    with tempfile.TemporaryDirectory(prefix="check-", dir=scratch) as folder:
+        try:
+            check_kinds(data)
+        except UserError as error:
+            report.problems.append(Problem("params.yaml", str(error)))
+        try:
+            tokenizer, template = open_tokenizer(data, model)
+        except UserError as error:
+            report.problems.append(Problem("params.yaml", str(error)))
+            return report
+        feedback, near = Feedback(template, tokenizer, data.heldout, Path(folder)), _Near(Path(folder), data.heldout)
+        steps = Steps(progress, Meter.of(data.sources))
+        report.rows = read_all(data, feedback, steps, report.add, near.take)
+        feedback.finish(seed, data.ratings)
+        steps.settle(feedback)
+        report.remarks += [*_dropped(feedback), *near.remarks()]
+        if not feedback.wanted("sft", "train").any():
+            report.problems += _empty(feedback, data)
+            return report
+        tokenizer = tokenizer or learn_tokenizer(feedback, data, model, template)
+        cuts, longest = _Cuts(), positions(model)
+        encoder = Encoder(tokenizer, template == "chat", data.max_prompt_tokens, data.max_response_tokens, cuts)
+        encoder.on_fault = report.add
+        report.tables = _tables(feedback, encoder, steps)
+    report.problems += _empty(feedback, data)
+    report.remarks += [*_truncated(cuts, data, longest), *_balance(report.tables)]
+    if longest is not None and data.max_prompt_tokens + data.max_response_tokens > longest:
+        total = f"{data.max_prompt_tokens} + {data.max_response_tokens}"
+        text = f"`data.max_prompt_tokens` + `data.max_response_tokens`: {total} tokens, but the model reads {longest}"
+        report.problems.append(Problem("params.yaml", f"{text}; lower one of them"))
+    return report
+
+
+def positions(model: config.Model) -> int | None:
+    """How many tokens the model reads; None if its config does not say."""
+    if model.base == "scratch":
+        return SCRATCH_POSITIONS
+    try:
+        settings = json.loads((Path(model.base) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    names = ("max_position_embeddings", "n_positions", "max_sequence_length")
+    found = [settings[name] for name in names if isinstance(settings, dict) and isinstance(settings.get(name), int)]
+    return found[0] if found else None
+
+
+class _Near:
+    """The texts by which rows are split, each once, on their way to the search for near copies."""
+
+    def __init__(self, folder: Path, heldout: float) -> None:
+        self._texts, self._heldout = NearTexts(folder / "texts"), heldout
+        self._seen: set[bytes] = set()
+
+    def take(self, where: str, record: Record) -> None:
+        whole = isinstance(record, Rated) and record.prompt is None
+        text = record.text if isinstance(record, Rated) and whole else prompt_text(record.prompt or "")
+        known = fingerprint(text)
+        if known not in self._seen:
+            self._seen.add(known)
+            self._texts.add(where, text, is_heldout(text, self._heldout))
+
+    def remarks(self) -> Iterator[Remark]:
+        copies = self._texts.copies()
+        self._texts.close()
+        if copies:
+            message = "held-out texts have a near copy in training, which `prepare` keeps; take one of each two away"
+            places = (f"{copy.heldout} is near {copy.train} ({copy.similarity:.0%})" for copy in copies)
+            yield Remark.at("near leaks", message, [copy.heldout for copy in copies], places)
+
+
+def _dropped(feedback: Feedback) -> Iterator[Remark]:
+    """What `prepare` leaves out, row by row; of prompts only those that came as such, of SFT rows only their own."""
+    tables = {"sft": "SFT rows", "pairs": "pairs", "prompts": "prompts"}
+    for kind, called in tables.items():
+        derived = (kind == "sft" and feedback.sft_from_pairs) or (kind == "prompts" and not feedback.prompts_given)
+        for reason in () if derived else REASONS:
+            where, places = list[str](), list[str]()
+            for rows, (other, twins) in getattr(feedback.dropped[kind], reason):
+                where += (mine := feedback.tables[kind].places(rows))
+                first = slice(0, PLACES)
+                pairs = zip(mine[first], other.places(twins[first]), strict=True)
+                places += [f"{one} and {two}" for one, two in pairs]
+            if where:
+                yield Remark.at(reason, f"{called} {SAID[reason]}", where, places)
+    if feedback.dropped["sft"].pooled:
+        yield Remark("pooled", "rated rows repeat a text; its ratings are pooled", feedback.dropped["sft"].pooled)
+    if feedback.too_short:
+        message = "rated texts are no longer than their opening, and make no SFT row"
+        yield Remark("too short", message, feedback.too_short)
+
+
+def _empty(feedback: Feedback, data: config.Data) -> Iterator[Problem]:
+    for kind, side in TABLES:
+        try:
+            check_rows(kind, side, int(feedback.wanted(kind, side).sum()), data)
+        except UserError as error:
+            yield Problem("data.sources", str(error))
+
+
+def _tables(feedback: Feedback, encoder: Encoder, steps: Steps) -> dict[str, dict[str, Any]]:
+    found = {}
+    for kind, side, counter, cells in encode_all(feedback, encoder, steps):
+        rows = sum(1 for _ in cells)
+        longest = {f"longest_{column}": lengths.longest() for column, lengths in counter.lengths.items()}
+        found[f"{kind}_{side}"] = {"rows": rows} | (table_numbers(kind, counter) | longest if rows else {})
+    return found
+
+
+def _truncated(cuts: _Cuts, data: config.Data, longest: int | None) -> Iterator[Remark]:
+    def remark(name: str, message: str, tokens: dict[str, int]) -> Remark:
+        return Remark.at(name, message, list(tokens), (f"{where}: {count} tokens" for where, count in tokens.items()))
+
+    if cuts.prompts:
+        message = (
+            f"prompts lose their beginning: they are longer than `data.max_prompt_tokens` ({data.max_prompt_tokens}"
+        )
+        yield remark("cut prompts", f"{message}; the longest has {max(cuts.prompts.values())})", cuts.prompts)
+    if cuts.answers:
+        message = f"answers lose their end and EOS: longer than `data.max_response_tokens` ({data.max_response_tokens}"
+        yield remark("cut answers", f"{message}; the longest has {max(cuts.answers.values())})", cuts.answers)
+    beyond = {where: count for where, count in cuts.prompts.items() if longest is not None and count > longest}
+    if beyond:
+        yield remark("beyond the model", f"prompts are longer than the model reads ({longest} tokens)", beyond)
+
+
+def _balance(tables: dict[str, dict[str, Any]]) -> Iterator[Remark]:
+    pairs = [tables[f"pairs_{side}"] for side in SIDES if tables[f"pairs_{side}"]["rows"]]
+    same = sum(table["same_after_cut"] for table in pairs)
+    if same:
+        yield Remark("same after cut", "pairs differ only in what is cut away; `prepare` leaves them out", same)
+    rows = [table["rows"] for table in pairs]
+    for way in ("longer", "shorter"):
+        shares = [table["balance"][f"share_chosen_{way}"] for table in pairs]
+        share = float(np.average(shares, weights=rows)) if sum(rows) else 0.0
+        if share >= BIASED and sum(rows) >= BIASED_PAIRS:
+            message = (
+                f"pairs of {sum(rows)} ({share:.0%}) choose the {way} answer: a reward model could learn just that"
+            )
+            yield Remark("length bias", message, round(share * sum(rows)))
