@@ -24,6 +24,7 @@ from flows.artifacts import Progress
 from flows.server import session
 from rlhf_tasks import engine, registry, versioning
 from rlhf_tasks.config import flatten
+from rlhf_tasks.digests import digest_file
 from rlhf_tasks.engine import Workspace
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.lineage import lineage_here
@@ -31,7 +32,7 @@ from rlhf_tasks.origins import Origin, log_origin, tell_makers
 from rlhf_tasks.registry import Settled, TrackingContext
 from rlhf_tasks.source import LOCK, Source, source_of
 from rlhf_tasks.stages import STAGES, Stage
-from rlhf_tasks.store import Entry, digest_file, digest_path
+from rlhf_tasks.store import Entry, digest_path
 from rlhf_tasks.tracking import Status, Tracker, Unreachable, answered
 
 log = logging.getLogger("rlhf_tasks.flows")

@@ -30,9 +30,10 @@ from rlhf_tasks.base import not_found
 from rlhf_tasks.closure import PACKAGE, SOURCE_ROOT, foreign_sources, import_closure, libraries_of, user_closure
 from rlhf_tasks.config import Params, load_params
 from rlhf_tasks.data.files import source_files, watched_path
+from rlhf_tasks.digests import digest_file, remember_in
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import LINEAGE, STAGES, Stage, producer
-from rlhf_tasks.store import Entry, Store, digest_file, digest_json, digest_path, place
+from rlhf_tasks.store import Entry, Store, digest_json, digest_path, place
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class Workspace:
     live_trainer: tuple[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        remember_in(state_folder(self.root))
         shared = os.environ.get(STORE_VARIABLE)
         self.store = Store(Path(shared).resolve() if shared else state_folder(self.root) / "store")
 
@@ -174,6 +176,7 @@ def check_sources(params: Params, root: Path, stages: list[Stage]) -> None:
             neither, or holds what the pipeline writes.
     """
     made = {path for stage in stages for path in stage.outs.values()}
+    remember_in(state_folder(root))
     for stage in stages:
         for path in (source.path for source in params.data.sources if source.path and stage.name == "prepare"):
             _refuse_own_outs(root, watched_path(path, root))

@@ -22,12 +22,12 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
+from rlhf_tasks.digests import digest_file, remembered_digest
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.processes import process_started
 
@@ -95,12 +95,6 @@ def digest_json(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def digest_path(path: Path) -> str:
     """The digest of a file, or of a folder: SHA-256 over its files' relative names and digests.
 
@@ -109,26 +103,12 @@ def digest_path(path: Path) -> str:
         UserError: there is something that has no content to digest.
     """
     if path.is_file():
-        return _remembered_digest(path)
+        return remembered_digest(path)
     if not path.exists():
         raise FileNotFoundError(path)
     if not path.is_dir():
         raise UserError(f"{path}: found neither a file nor a folder: what it holds cannot be keyed")
-    return digest_json({name: _remembered_digest(path / name) for name in _files(path)})
-
-
-def _remembered_digest(path: Path) -> str:
-    """A workspace file is read once a process, and again when its inode, size or a time says that it may have changed.
-
-    The time of the inode's change tells also of a file that was written in place and given its old time back.
-    """
-    facts = path.stat()
-    return _digest_of(path, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
-
-
-@lru_cache(maxsize=100_000)
-def _digest_of(path: Path, *_facts: int) -> str:
-    return digest_file(path)
+    return digest_json({name: remembered_digest(path / name) for name in _files(path)})
 
 
 @dataclass(frozen=True)

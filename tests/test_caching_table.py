@@ -108,7 +108,7 @@ def test_files_from_outside(sketch: Workspace, write_model: Callable[[Path], Non
     write_model(root / "base")
     project = with_params(sketch, "reward_function.name=mine:score", "model.base=base")
     for change, file in {
-        "a file of `data.sources`": "data/raw/ratings.jsonl",
+        "a file of `data.sources`, or a new one in its folder or pattern": "data/raw/ratings.jsonl",
         "a file of `model.base`": "base/config.json",
         FUNCTION: "helper.py",
     }.items():

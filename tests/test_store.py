@@ -21,6 +21,7 @@ import pytest
 from changes import flip_bit
 
 from rlhf_tasks import store as store_module
+from rlhf_tasks.digests import digest_file
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.store import (
     DamagedEntry,
@@ -28,7 +29,6 @@ from rlhf_tasks.store import (
     Ref,
     Store,
     canonical_json,
-    digest_file,
     digest_json,
     digest_path,
     place,

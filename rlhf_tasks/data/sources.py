@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlhf_tasks.data.files import KINDS, kind_of, source_files
+from rlhf_tasks.data.json_files import not_utf8, read_json, read_jsonl
 from rlhf_tasks.errors import UserError
 
 if TYPE_CHECKING:
@@ -162,41 +162,6 @@ def _read_hub(source: Source) -> Items:
         )
 
 
-def _read_json(path: Path, file: IO[bytes]) -> Items:
-    content = file.read()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, content.count(b"\n", 0, error.start) + 1) from None
-    if not text.strip():
-        return
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _broken_json(path, getattr(error, "lineno", 1), error) from None
-    rows = document.get("data") if isinstance(document, dict) else document
-    if not isinstance(rows, list):
-        raise UserError(f'{path}: found {_kind(document)}, expected a list of rows or {{"data": [rows]}}')
-    for number, row in enumerate(rows, 1):
-        where = f"{path}:row {number}"
-        yield where, _object(where, row)
-
-
-def _read_jsonl(path: Path, file: IO[bytes]) -> Items:
-    for number, line in enumerate(file, 1):  # only \n ends a line: texts may hold U+2028 and the like
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError:
-            yield where, _not_utf8(path, number)
-        except (ValueError, RecursionError) as error:  # a ValueError: a number of more digits than Python reads
-            yield where, _broken_json(path, number, error)
-        else:
-            yield where, _object(where, row)
-
-
 def _read_csv(path: Path, file: IO[bytes]) -> Items:
     csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(_lines(path, file), strict=True)
@@ -232,8 +197,8 @@ def _read_parquet(path: Path, file: IO[bytes]) -> Items:
 
 
 READERS: dict[str, Callable[[Path, IO[bytes]], Items]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
+    ".json": read_json,
+    ".jsonl": read_jsonl,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
@@ -245,25 +210,4 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
-            raise _not_utf8(path, number) from None
-
-
-def _object(where: str, row: object) -> Row | UserError:
-    if isinstance(row, dict):
-        return row
-    return UserError(f"{where}: found {_kind(row)}, expected an object with named fields")
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _not_utf8(path: Path, line: int) -> UserError:
-    return UserError(f"{path}:{line}: not UTF-8; save the file in that encoding, for example with `iconv -t UTF-8`")
-
-
-def _broken_json(path: Path, line: int, error: Exception) -> UserError:
-    reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
-    hint = "; a file with one object a line must be named .jsonl" if reason == "Extra data" else ""
-    return UserError(f"{path}:{line}: broken JSON ({reason}){hint}")
+            raise not_utf8(path, number) from None

@@ -5,12 +5,16 @@ import gzip
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlhf_tasks.config import Source
+from rlhf_tasks.data import json_files
 from rlhf_tasks.data.files import source_files
 from rlhf_tasks.data.sources import Meter, read_rows
 from rlhf_tasks.errors import UserError
@@ -82,6 +86,43 @@ def test_reading_goes_on_after_what_is_wrong(tmp_path):
         ("c.jsonl:3", True), ("c.jsonl:4", True), ("c.jsonl:5", True), ("c.jsonl:6", False),
     ]  # fmt: skip
     assert "b.json:1: broken JSON" in str(found[2][1])
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | st.just("data"), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(document=JSON | st.lists(st.dictionaries(st.text(max_size=2), JSON, max_size=2)), data=st.data())
+def test_a_json_file_is_read_as_the_whole_of_it_would_be(tmp_path_factory, document, data):
+    """A few bytes at a time, spread over lines or not, damaged or not."""
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    content = json.dumps(document, ensure_ascii=data.draw(st.booleans()), indent=data.draw(st.sampled_from([None, 1])))
+    raw = bytearray(content.encode())
+    for at in data.draw(st.lists(st.integers(0, len(raw) - 1), max_size=1)):
+        raw[at] = data.draw(st.sampled_from(list(b'[]{},:"1 x\xff')))
+    path.write_bytes(raw)
+    try:
+        whole = json.loads(raw.decode("utf-8-sig"))
+        rows = whole if isinstance(whole, list) else whole.get("data") if isinstance(whole, dict) else None
+    except ValueError:
+        rows = None
+    with mock.patch.object(json_files, "CHUNK", data.draw(st.integers(1, 9))), path.open("rb") as file:
+        try:
+            found = list(json_files.read_json(path, file))
+        except UserError:
+            found = None
+    if raw.strip() == b"":
+        assert found == []
+    elif isinstance(rows, list):
+        assert [row for _, row in found if isinstance(row, dict)] == [row for row in rows if isinstance(row, dict)]
+        assert len(found) == len(rows)
+    else:
+        assert found is None
 
 
 # Folders, patterns, fields, first rows --------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from e2e.servers import free_port, running, wait_until
 from e2e.test_doors import STAGES, manifests, states
 from mlflow import MlflowClient
 
-from rlhf_tasks.store import digest_file
+from rlhf_tasks.digests import digest_file
 
 CACHED = dict.fromkeys(STAGES, "cached")
 
