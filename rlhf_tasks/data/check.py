@@ -23,6 +23,7 @@ from rlhf_tasks.data.formats import Rated, Record
 from rlhf_tasks.data.near import NearTexts
 from rlhf_tasks.data.prepare import (
     TABLES,
+    TAUGHT,
     Progress,
     Steps,
     check_kinds,
@@ -139,12 +140,12 @@ def check(*, seed: int, data: config.Data, model: config.Model, scratch: Path, p
         steps = Steps(progress, Meter.of(data.sources))
         report.rows = read_all(data, feedback, steps, report.add, near.take)
         feedback.finish(seed, data.ratings)
-        steps.settle(feedback)
+        steps.settle(feedback, learnt=TAUGHT if tokenizer is None else ())
         report.remarks += [*_dropped(feedback), *near.remarks()]
         if not feedback.wanted("sft", "train").any():
             report.problems += _empty(feedback, data)
             return report
-        tokenizer = tokenizer or learn_tokenizer(feedback, data, model, template)
+        tokenizer = tokenizer or learn_tokenizer(feedback, data, model, template, steps)
         cuts, longest = _Cuts(), positions(model)
         encoder = Encoder(tokenizer, template == "chat", data.max_prompt_tokens, data.max_response_tokens, cuts)
         encoder.on_fault = report.add

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 Progress = Callable[..., None]
 """Called by name with `done` and `total`, in rows, and any other numbers."""
 
-PASSES = 4
-"""Steps that a row that is read is likely to take: read, then encoded as a pair, an SFT row and a prompt."""
+PASSES = 6
+"""Steps that a row that is read is likely to take: read, twice learnt from, encoded as pair, SFT row and prompt."""
 
 
 def run(*, seed: int, data: config.Data, model: config.Model, out: Path, progress: Progress) -> dict[str, float]:
@@ -61,8 +61,8 @@ def run(*, seed: int, data: config.Data, model: config.Model, out: Path, progres
         feedback.finish(seed, data.ratings)
         for kind, side in TABLES:
             check_rows(kind, side, int(feedback.wanted(kind, side).sum()), data)
-        steps.settle(feedback)
-        tokenizer = tokenizer or learn_tokenizer(feedback, data, model, template)
+        steps.settle(feedback, learnt=TAUGHT if tokenizer is None else ())
+        tokenizer = tokenizer or learn_tokenizer(feedback, data, model, template, steps)
         tokenizer.save_pretrained(out / "tokenizer")
         encoder = Encoder(tokenizer, template == "chat", data.max_prompt_tokens, data.max_response_tokens)
         counts, numbers = _write(feedback, encoder, data, out, steps)
@@ -78,6 +78,8 @@ def run(*, seed: int, data: config.Data, model: config.Model, out: Path, progres
     return counts
 
 
+TAUGHT = ("sft", "pairs")
+"""What a tokenizer is trained on, of the training side."""
 TABLES = [(kind, side) for kind in KINDS for side in SIDES]
 
 
@@ -98,12 +100,17 @@ class Steps:
         if self.done % self.EVERY == 0:
             self.progress(done=self.done, total=PASSES * max(self.done, round(self.done / self.meter.fraction)))
 
-    def settle(self, feedback: Feedback) -> None:
-        """All are read: what is left to be encoded is known."""
-        self.total = self.done + sum(int(table.kept.sum()) for table in feedback.tables.values())
+    def settle(self, feedback: Feedback, learnt: Sequence[str]) -> None:
+        """All are read: what is left is known.
 
-    def encoded(self, rows: int) -> None:
-        """Some rows have been encoded."""
+        Args:
+            learnt: the kinds of rows that a tokenizer will be trained on.
+        """
+        self.total = self.done + sum(int(table.kept.sum()) for table in feedback.tables.values())
+        self.total += sum(int(feedback.wanted(kind, "train").sum()) for kind in learnt)
+
+    def passed(self, rows: int) -> None:
+        """Some rows have been learnt from or encoded."""
         self.done += rows
         self.progress(done=self.done, total=self.total)
 
@@ -165,7 +172,7 @@ def read_all(
 
 
 def learn_tokenizer(
-    feedback: Feedback, data: config.Data, model: config.Model, template: Template
+    feedback: Feedback, data: config.Data, model: config.Model, template: Template, steps: Steps
 ) -> PreTrainedTokenizerBase:
     """A tokenizer of the training texts."""
 
@@ -173,11 +180,13 @@ def learn_tokenizer(
         for rows in feedback.sft.batches(feedback.wanted("sft", "train")):
             for row in rows:
                 yield from (row.prompt, row.response)
-        if any(source.kind == "preference" for source in data.sources):
-            # Else what people rejected, which SFT never sees, falls into more tokens, and that gives it away.
-            # (The texts of rated pairs are SFT's own.)
-            for pairs in feedback.pairs.batches(feedback.wanted("pairs", "train")):
-                yield from (pair.rejected for pair in pairs)
+            steps.passed(len(rows))
+        # Else what people rejected, which SFT never sees, falls into more tokens, and that gives it away.
+        # (The texts of rated pairs are SFT's own.)
+        rejected = any(source.kind == "preference" for source in data.sources)
+        for pairs in feedback.pairs.batches(feedback.wanted("pairs", "train")):
+            yield from (pair.rejected for pair in pairs if rejected)
+            steps.passed(len(pairs))
 
     return train_tokenizer(texts(), model.scratch.vocab_size, fixed_strings(template))
 
@@ -190,7 +199,7 @@ def encode_all(
     def encoded(kind: str, side: str, counter: Encoder) -> Iterator[Cells]:
         for rows in feedback.tables[kind].batches(feedback.wanted(kind, side)):
             yield from counter.cells(kind, rows)
-            steps.encoded(len(rows))
+            steps.passed(len(rows))
 
     for kind, side in TABLES:
         counter = encoder.fresh()
