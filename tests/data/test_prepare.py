@@ -303,3 +303,41 @@ def test_the_training_side_needs_none_of_the_heavy_readers():
         imported = {alias.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
         imported |= {str(n.module).split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         assert imported.isdisjoint({"datasets", "prefect", "mlflow", "dvc", "pydantic"})
+
+
+CHINESE = {
+    "instruction": "保持健康的三个提示。",
+    "input": "",
+    "output": "以下是保持健康的三个提示：\n\n1. 保持身体活动。\n\n2. 均衡饮食。\n\n3. 睡眠充足。",
+}
+TALK = {
+    "messages": [
+        {"role": "system", "content": "Отвечай коротко 🎬"},
+        {"role": "user", "content": "שלום, מה שלומך?"},
+        {"role": "assistant", "content": "مرحبا"},
+        {"role": "user", "content": "👩‍👩‍👧‍👦 e\u0301"},
+        {"role": "assistant", "content": "بخير\u2028شكرا"},
+    ]
+}
+
+
+def test_rows_of_every_script_and_length_survive(tmp_path, preferences):
+    """The classic Chinese alpaca row, a conversation from right to left with emoji, a very long answer."""
+    long = {"prompt": "Go on", "completion": " на " * 500_000}
+    for name, row in (("zh.json", [CHINESE]), ("talk.json", [TALK]), ("long.json", [long])):
+        (tmp_path / name).write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    sources = [{"kind": "sft", "path": str(tmp_path)}, {"kind": "preference", "path": preferences}]
+    more = [{"instruction": f"题 {i}", "input": "", "output": f"答 {i}"} for i in range(40)]
+    (tmp_path / "more.jsonl").write_bytes("\n".join(json.dumps(row) for row in more).encode())
+    prepare(tmp_path / "out", {"sources": sources, "template": "alpaca"}, {"scratch": {"vocab_size": 400}})
+    tokenizer = load_tokenizer(tmp_path / "out/tokenizer")
+    found = {row["response"]: row for side in ("train", "heldout") for row in rows(tmp_path / "out", f"sft/{side}")}
+    chinese, talk, cut = (found[text] for text in (CHINESE["output"], "بخير\u2028شكرا", " на " * 500_000))
+    assert chinese["prompt"].endswith("### Instruction:\n保持健康的三个提示。\n\n### Response:")
+    assert "### Input" not in chinese["prompt"]
+    for row in (chinese, talk):
+        assert tokenizer.decode(row["response_ids"][:-1]) == row["response"]
+        assert tokenizer.decode(row["prompt_ids"]) == row["prompt"]
+    assert all(message["content"] in talk["prompt"] for message in TALK["messages"][:-1])
+    assert len(cut["response_ids"]) == 256
+    assert cut["response_ids"][-1] != tokenizer.eos_token_id
