@@ -93,6 +93,7 @@ def test_every_stage_that_works_is_planned(sketch: Workspace) -> None:
     assert next(_ppo(more, TINY, AMOUNTS, 100)).need.flops == 2 * by_name["ppo", "rollout"].need.flops
 
 
+@pytest.mark.slow
 def test_the_largest_micro_batch_is_the_largest(sketch: Workspace) -> None:
     params = with_params(sketch, "ppo.batch=64", "generation.max_new_tokens=20").params
 
@@ -157,14 +158,25 @@ def test_what_prepare_counted_is_used_where_it_is(sketch: Workspace) -> None:
 
 def test_the_plan_as_it_is_printed(sketch: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     (sketch.root / "metrics/prepare.json").unlink()
+    say_plan(sketch.root, sketch.params, "2x0.001GB", as_json=False)
+    said = capsys.readouterr().out
+    for words in (
+        "On a GPU of 0.001 GB",
+        "DOES NOT FIT",
+        "not even one row fits",
+        "The data is not prepared",
+        "2 GPUs",
+    ):
+        assert words in said
+
+
+@pytest.mark.slow
+def test_the_plan_for_machines(sketch: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    (sketch.root / "metrics/prepare.json").unlink()
     say_plan(sketch.root, sketch.params, "2xT4", as_json=True)
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert document["gpus"] == 2
     assert document["weights"]["actor"] == sizes_of(settings_of(sketch.root, sketch.params)).actor
-    say_plan(sketch.root, sketch.params, "0.001GB", as_json=False)
-    said = capsys.readouterr().out
-    for words in ("On a GPU of 0.001 GB", "DOES NOT FIT", "not even one row fits", "The data is not prepared"):
-        assert words in said
 
 
 def test_a_machine_without_rates_tells_no_time() -> None:

@@ -6,7 +6,6 @@ A *problem* is what `prepare` refuses; a *remark* is what it puts up with: rows 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_tasks.base import check_lengths, known_positions
 from rlhf_tasks.data.contracts import REASONS, fingerprint, is_heldout, prompt_text
 from rlhf_tasks.data.encoder import Encoder
 from rlhf_tasks.data.feedback import SIDES, Feedback
@@ -40,7 +40,6 @@ from rlhf_tasks.errors import UserError
 if TYPE_CHECKING:
     from rlhf_tasks import config
 
-SCRATCH_POSITIONS = 2048
 PLACES = 1000
 """Places that a remark names; how many there are is counted in full."""
 
@@ -136,6 +135,10 @@ def check(*, seed: int, data: config.Data, model: config.Model, scratch: Path, p
         except UserError as error:
             report.problems.append(Problem("params.yaml", str(error)))
             return report
+        try:
+            check_lengths(model.base, known_positions(model), data)
+        except UserError as error:
+            report.problems.append(Problem("params.yaml", str(error)))
         feedback, near = Feedback(template, tokenizer, data.heldout, Path(folder)), _Near(Path(folder), data.heldout)
         steps = Steps(progress, Meter.of(data.sources))
         report.rows = read_all(data, feedback, steps, report.add, near.take)
@@ -146,30 +149,13 @@ def check(*, seed: int, data: config.Data, model: config.Model, scratch: Path, p
             report.problems += _empty(feedback, data)
             return report
         tokenizer = tokenizer or learn_tokenizer(feedback, data, model, template, steps)
-        cuts, longest = _Cuts(), positions(model)
+        cuts, longest = _Cuts(), known_positions(model)
         encoder = Encoder(tokenizer, template == "chat", data.max_prompt_tokens, data.max_response_tokens, cuts)
         encoder.on_fault = report.add
         report.tables = _tables(feedback, encoder, steps)
     report.problems += _empty(feedback, data)
     report.remarks += [*_truncated(cuts, data, longest), *_balance(report.tables)]
-    if longest is not None and data.max_prompt_tokens + data.max_response_tokens > longest:
-        total = f"{data.max_prompt_tokens} + {data.max_response_tokens}"
-        text = f"`data.max_prompt_tokens` + `data.max_response_tokens`: {total} tokens, but the model reads {longest}"
-        report.problems.append(Problem("params.yaml", f"{text}; lower one of them"))
     return report
-
-
-def positions(model: config.Model) -> int | None:
-    """How many tokens the model reads; None if its config does not say."""
-    if model.base == "scratch":
-        return SCRATCH_POSITIONS
-    try:
-        settings = json.loads((Path(model.base) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    names = ("max_position_embeddings", "n_positions", "max_sequence_length")
-    found = [settings[name] for name in names if isinstance(settings, dict) and isinstance(settings.get(name), int)]
-    return found[0] if found else None
 
 
 class _Near:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_tasks.base import check_lengths, check_vocabulary, find_base, known_positions, load_settings
 from rlhf_tasks.data.encoder import SCHEMAS, Cells, Encoder, OnFault, stop_at
 from rlhf_tasks.data.encoding import (
     Template,
@@ -53,6 +54,7 @@ def run(*, seed: int, data: config.Data, model: config.Model, out: Path, progres
     """
     check_kinds(data)
     tokenizer, template = open_tokenizer(data, model)
+    check_lengths(model.base, known_positions(model), data)
     steps = Steps(progress, Meter.of(data.sources))
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".rows-", dir=out) as folder:
@@ -132,8 +134,16 @@ def check_rows(kind: str, side: str, rows: int, data: config.Data) -> None:
 
 
 def open_tokenizer(data: config.Data, model: config.Model) -> tuple[PreTrainedTokenizerBase | None, Template]:
-    """The model's tokenizer, None where one is still to be trained, and the template that the settings mean for it."""
-    tokenizer = None if model.base == "scratch" else load_tokenizer(Path(model.base))
+    """The model's tokenizer, None where one is still to be trained, and the template that the settings mean for it.
+
+    Raises:
+        UserError: later stages cannot use the base; said here, because here nothing has been trained yet.
+    """
+    if (base := find_base(model)) is None:
+        return None, choose_template(data.template, None)
+    settings = load_settings(base)
+    tokenizer = load_tokenizer(base)
+    check_vocabulary(base, settings.get_text_config().vocab_size, tokenizer)
     return tokenizer, choose_template(data.template, tokenizer)
 
 
