@@ -132,6 +132,7 @@ def test_a_store_in_a_shared_folder_serves_another_clone(finished: Project, tmp_
     assert not list((clone.root / ".rlhf").glob("store/*/manifest.json"))
 
 
+@pytest.mark.slow
 def test_gc_keeps_what_is_needed(copy_of: Project) -> None:
     """A tag keeps what its dvc.lock names; iterations of other settings go, as nothing can ask for them."""
     nothing = "nothing: all that is stored is needed"
