@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from ruamel.yaml import YAML
 
-from rlhf_tasks.config import Params, load_params
+from rlhf_tasks.config import Params, load_params, parse_params
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
@@ -44,6 +44,25 @@ def test_the_page_of_parameters_is_what_the_code_allows() -> None:
             assert (yaml(as_shipped) if as_shipped else schema["default"]) == present, key
             assert bool(as_shipped) is (present != schema.get("default")), key
         assert purpose, key
+
+
+def test_fragments_of_params_yaml_in_the_docs_are_valid() -> None:
+    """Put into the shipped file, as a reader would."""
+    shipped, found = yaml((REPOSITORY / "params.yaml").read_text()), 0
+    for page in [REPOSITORY / "README.md", *DOCS.glob("*.md")]:
+        for text in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            fragment = yaml(text)
+            if isinstance(fragment, dict) and fragment.keys() <= shipped.keys():
+                parse_params(merged(shipped, fragment), f"a fragment of {page.name}")
+                found += 1
+    assert found > 4
+
+
+def merged(one: Any, other: Any) -> Any:
+    """The second one's values in place of the first one's."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return other
+    return one | {key: merged(one.get(key), value) for key, value in other.items()}
 
 
 def leaves(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
