@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rlhf_tasks import chain
 from rlhf_tasks.config import load_params, set_params
-from rlhf_tasks.engine import Workspace
+from rlhf_tasks.workspace import Workspace
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROWS = 300

@@ -14,11 +14,12 @@ from flows.run import Stopped, run_here
 from flows.server import forced_by_dvc
 from rlhf_tasks.closure import SOURCE_ROOT
 from rlhf_tasks.config import Params, load_params, parse_assignments, set_params
-from rlhf_tasks.engine import alone, check_sources, state_folder
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.keying import check_sources
 from rlhf_tasks.presets import PRESETS, preset_values
 from rlhf_tasks.profiles import use_profile
 from rlhf_tasks.stages import STAGES, Stage, stages_between
+from rlhf_tasks.workspace import alone, state_folder
 
 STAGE_NAMES = ", ".join(STAGES)
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from flows.console import Bar, console
 from rlhf_tasks.config import Params
 from rlhf_tasks.data.check import Problem, Report, check
-from rlhf_tasks.engine import state_folder
+from rlhf_tasks.workspace import state_folder
 
 SHOWN = 20
 """Problems of a file, and places of a remark, that the terminal shows; `--json` has them all."""

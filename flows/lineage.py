@@ -12,11 +12,11 @@ from rich.tree import Tree
 from flows.console import console
 from rlhf_tasks import versioning
 from rlhf_tasks.config import load_params
-from rlhf_tasks.engine import Workspace
 from rlhf_tasks.explain import flat
 from rlhf_tasks.lineage import Document, broken_links, environment_of, inputs_of, lineage_here, lineage_of
 from rlhf_tasks.source import source_of
 from rlhf_tasks.stages import STAGES
+from rlhf_tasks.workspace import Workspace
 
 
 def find_lineage(root: Path, name: str) -> Document:

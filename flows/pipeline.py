@@ -21,14 +21,15 @@ from flows.console import console, say_settled, say_stage
 from flows.hooks import say_where_to_look
 from flows.record import Record, StageRecord
 from flows.tasks import Orders, run_ppo, run_stage, show_cached
-from rlhf_tasks import chain, engine, versioning
+from rlhf_tasks import chain, engine, keying, versioning
 from rlhf_tasks.base import check_lengths, known_positions
 from rlhf_tasks.config import load_params, set_params
-from rlhf_tasks.engine import Job, Workspace
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.keying import Job
 from rlhf_tasks.report import headline, make_report
 from rlhf_tasks.stages import STAGES, Stage, stages_between
 from rlhf_tasks.store import DamagedEntry, Entry, full_disk_is_a_sentence
+from rlhf_tasks.workspace import Workspace, alone
 
 log = logging.getLogger("rlhf_tasks.flows")
 
@@ -75,7 +76,7 @@ def rlhf_pipeline(
     if timeout_minutes is not None and not timeout_minutes > 0:
         raise UserError(f"timeout_minutes: found {timeout_minutes}, expected more than 0, or null for no limit")
     orders = Orders(refresh, time.monotonic() + 60 * timeout_minutes if timeout_minutes else None)
-    with engine.alone(root), full_disk_is_a_sentence(root):
+    with alone(root), full_disk_is_a_sentence(root):
         bring_checkout_up_to_date(root, params or {}, stages)
         try:
             return run_stages(root, stages, orders)
@@ -98,7 +99,7 @@ def bring_checkout_up_to_date(root: Path, params: dict[str, Any], stages: list[S
     for change in set_params(root / "params.yaml", params):
         log.info("params.yaml: %s", change)
     settings = load_params(root / "params.yaml")
-    engine.check_sources(settings, root, stages)
+    keying.check_sources(settings, root, stages)
     if STAGES["sft"] in stages:
         have = known_positions(settings.model)  # relative, as everything that a run says
         check_lengths(settings.model.base, have, settings.data, settings.generation.max_new_tokens)
@@ -131,7 +132,7 @@ def run_stages(root: Path, stages: list[Stage], orders: Orders) -> dict[str, Any
             with record.stage(stage) as stage_record:
                 # What DVC said of a stage holds only as long as nothing before it has changed.
                 vouched = untouched and stage.name not in outdated and not orders.refresh
-                job = engine.plan(workspace, stage)
+                job = keying.plan(workspace, stage)
                 entry, fresh = bring_up_to_date(workspace, job, stage_record, orders, vouched=vouched)
                 if before.get(stage.name, entry.digest) != entry.digest:
                     log.warning("%s: done again, it came out different, now %s", stage.name, entry.digest)
@@ -186,7 +187,7 @@ def forget_results(workspace: Workspace, stages: list[Stage]) -> dict[str, str]:
     digests = {}
     for stage in stages:
         try:
-            job = engine.plan(workspace, stage)
+            job = keying.plan(workspace, stage)
         except UserError:  # an earlier stage has still to make its inputs, so there is nothing to forget
             continue
         if entry := engine.find(workspace, job):
@@ -255,10 +256,10 @@ def record_with_dvc(workspace: Workspace, stage: Stage, job: Job, *, stale: bool
     """
     lock = workspace.root / "dvc.lock"
     before = lock.read_bytes() if lock.exists() else None
-    changed = engine.changed_since(workspace, job)
+    changed = keying.changed_since(workspace, job)
     if stale and not changed and not versioning.inside_stage():
         versioning.record(workspace.root, stage)
-        changed = engine.changed_since(workspace, job)
+        changed = keying.changed_since(workspace, job)
         if changed and before is not None:
             lock.with_name("dvc.lock.old").write_bytes(before)
             lock.with_name("dvc.lock.old").replace(lock)

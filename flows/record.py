@@ -22,10 +22,9 @@ from prefect.runtime import flow_run
 
 from flows.artifacts import Progress
 from flows.server import session
-from rlhf_tasks import engine, registry, versioning
+from rlhf_tasks import registry, versioning
 from rlhf_tasks.config import flatten
 from rlhf_tasks.digests import digest_file
-from rlhf_tasks.engine import Workspace
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.lineage import lineage_here
 from rlhf_tasks.origins import Origin, log_origin, tell_makers
@@ -34,6 +33,7 @@ from rlhf_tasks.source import LOCK, Source, source_of
 from rlhf_tasks.stages import STAGES, Stage
 from rlhf_tasks.store import Entry, digest_path
 from rlhf_tasks.tracking import Status, Tracker, Unreachable, answered
+from rlhf_tasks.workspace import Workspace, project_folder
 
 log = logging.getLogger("rlhf_tasks.flows")
 
@@ -115,7 +115,7 @@ class Record:
             )
 
     def _start(self, stages: list[str]) -> None:
-        self.tracker = tracker = Tracker(engine.project_folder(self.workspace.root))
+        self.tracker = tracker = Tracker(project_folder(self.workspace.root))
         with answered(tracker.uri):
             if "register" in stages:
                 registry.check_name(self.workspace.params.register_.name, tracker.uri)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from flows.console import console, quiet_prefect
 from flows.server import close_dead_flow_runs, owner_tag, server
-from rlhf_tasks.engine import state_folder
 from rlhf_tasks.stages import stages_between
+from rlhf_tasks.workspace import state_folder
 
 
 class Stopped(Exception):

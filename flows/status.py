@@ -11,9 +11,9 @@ from rich.text import Text
 
 from flows.console import console
 from rlhf_tasks.config import Params, as_yaml
-from rlhf_tasks.engine import Workspace
 from rlhf_tasks.explain import Change, Standing, standings, when
 from rlhf_tasks.report import headline
+from rlhf_tasks.workspace import Workspace
 
 
 def say_status(root: Path, params: Params) -> None:

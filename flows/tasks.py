@@ -1,6 +1,6 @@
 """The cached tasks: a stage is one task, PPO one an iteration.
 
-A task's cache key is our key (rlhf_tasks/engine.py), so Prefect holds no opinion of its own: what the store has is
+A task's cache key is our key (rlhf_tasks/keying.py), so Prefect holds no opinion of its own: what the store has is
 Cached, what it lacks is run again. Prefect's own records of results are written for whoever looks there, and never read
 (`refresh_cache`): a record names how it is to be deserialised, which may be by running code.
 """
@@ -19,8 +19,9 @@ from flows.artifacts import Progress
 from flows.console import say_resumed
 from flows.record import StageRecord
 from rlhf_tasks import chain, engine
-from rlhf_tasks.engine import Job, Workspace
+from rlhf_tasks.keying import Job
 from rlhf_tasks.store import Entry
+from rlhf_tasks.workspace import Workspace
 
 
 @dataclass(frozen=True)

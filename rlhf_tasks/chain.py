@@ -15,10 +15,11 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
-from rlhf_tasks import engine
-from rlhf_tasks.engine import Job, Workspace
+from rlhf_tasks import engine, keying
+from rlhf_tasks.keying import Job
 from rlhf_tasks.stages import STAGES
 from rlhf_tasks.store import DamagedEntry, Entry
+from rlhf_tasks.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +31,15 @@ SAVING_SHARE = 0.05  # of the time, with `saving.iterations_per_task: auto`
 
 
 def plan(workspace: Workspace, coming: Mapping[str, str] = MappingProxyType({})) -> list[Job]:
-    """The jobs of all iterations, in order; `coming` as in `engine.plan`.
+    """The jobs of all iterations, in order; `coming` as in `keying.plan`.
 
     Raises:
         UserError: an input is missing; the message says which stage makes it.
     """
     stage, jobs = STAGES["ppo"], list[Job]()
-    settings = engine.parameters(workspace.params, stage)
+    settings = keying.parameters(workspace.params, stage)
     settings["ppo"] = {name: value for name, value in settings["ppo"].items() if name != "iterations"}
-    shared = engine.identity(workspace, stage, settings, coming)
+    shared = keying.identity(workspace, stage, settings, coming)
     for iteration in range(1, workspace.params.ppo.iterations + 1):
         parent = jobs[-1].key if jobs else None
         jobs.append(Job.of(shared | {"stage": ITERATION, "iteration": iteration, "parent": parent}))
@@ -117,7 +118,7 @@ def advance(workspace: Workspace, done: list[Entry], watch: Callable[[Entry], No
                 return more
         todo = jobs[len(done) : len(done) + task_length(workspace, done)]
         before = {entry.manifest["key"]: entry for entry in ahead}
-        with engine.nothing_changes(workspace, STAGES["ppo"], todo[0]) as check:
+        with keying.nothing_changes(workspace, STAGES["ppo"], todo[0]) as check:
             trainer = _trainer(workspace, done[-1] if done else None)
             workspace.live_trainer = None  # until the task is done its state is nobody's
             for job in todo:
@@ -136,7 +137,7 @@ def finish(workspace: Workspace, job: Job, iterations: list[Entry]) -> Entry:
     with (
         store.lock(job.key),
         store.lock(first),  # nobody, `rlhf gc` of another clone say, takes the state away while it is read
-        engine.nothing_changes(workspace, stage, job) as check,
+        keying.nothing_changes(workspace, stage, job) as check,
         store.writing(job.key) as out,
     ):
         last.verify()

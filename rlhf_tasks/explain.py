@@ -6,12 +6,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_tasks import chain, engine, versioning
+from rlhf_tasks import chain, engine, keying, versioning
 from rlhf_tasks.config import as_yaml
-from rlhf_tasks.engine import Job, Workspace
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.keying import Job
 from rlhf_tasks.stages import STAGES, Stage
 from rlhf_tasks.store import Entry, digest_path
+from rlhf_tasks.workspace import Workspace
 
 PARTS = ("parameters", "inputs", "code", "environment")
 SHOWN = 4
@@ -71,7 +72,7 @@ def _standing(
     workspace: Workspace, stage: Stage, waiting: str, coming: dict[str, str], outdated: _Outdated
 ) -> Standing:
     try:
-        job = engine.plan(workspace, stage, coming)
+        job = keying.plan(workspace, stage, coming)
     except UserError as error:
         return Standing(stage, None, str(error), waits_for=waiting)
     entry = engine.find(workspace, job)
@@ -85,7 +86,7 @@ def _standing(
 
 
 def _begun(workspace: Workspace, job: Job) -> str:
-    if job.stage == "ppo" and engine.present(workspace, job) and (kept := chain.saved(chain.known(workspace))):
+    if job.stage == "ppo" and keying.present(workspace, job) and (kept := chain.saved(chain.known(workspace))):
         return f"{kept} of {workspace.params.ppo.iterations} iterations are done"
     return "begun" if workspace.store.has_partial(job.key) else ""
 
@@ -111,7 +112,7 @@ def compare(entry: Entry, job: Job) -> tuple[Change, ...]:
     before, changes = entry.manifest["identity"], list[Change]()
     for part in PARTS:
         old, new = flat(before[part]), flat(job.identity[part])
-        changes += [Change(part, n, old.get(n), new.get(n)) for n in sorted(engine.differing(old, new))]
+        changes += [Change(part, n, old.get(n), new.get(n)) for n in sorted(keying.differing(old, new))]
     return tuple(changes)
 
 
@@ -154,7 +155,7 @@ class _Outdated:
     def vouches_for(self, job: Job) -> bool:
         """Whether `rlhf run` would take the workspace's outs over, because dvc.lock vouches for them."""
         try:
-            if not engine.present(self._workspace, job) or not engine.adoptable(self._workspace, job):
+            if not keying.present(self._workspace, job) or not engine.adoptable(self._workspace, job):
                 return False
             if self._stages is None:
                 self._stages = versioning.outdated_stages(self._workspace.root)

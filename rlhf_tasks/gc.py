@@ -15,14 +15,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_tasks import chain, engine
-from rlhf_tasks.engine import Workspace, lineage_text
+from rlhf_tasks import chain, engine, keying
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.keying import lineage_text
 from rlhf_tasks.lineage import locked_outs
 from rlhf_tasks.origins import keys_of_versions
 from rlhf_tasks.source import LOCK, git, git_or_fail, is_repository
 from rlhf_tasks.stages import LINEAGE, STAGES
 from rlhf_tasks.store import Entry, Store, open_lock
+from rlhf_tasks.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _own_keys(workspace: Workspace) -> tuple[set[str], set[str]]:
     keys, unknown, coming = set[str](), set[str](), dict[str, str]()
     for stage in STAGES.values():
         try:
-            job = engine.plan(workspace, stage, coming)
+            job = keying.plan(workspace, stage, coming)
             keys.add(job.key)
             keys |= {job.key for job in chain.plan(workspace, coming)} if stage.name == "ppo" else set()
             if entry := engine.find(workspace, job):

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from ruamel.yaml import YAML, YAMLError
 
-from rlhf_tasks.engine import Workspace
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.explain import made_at
 from rlhf_tasks.source import LOCK, Source
 from rlhf_tasks.stages import STAGES
 from rlhf_tasks.store import digest_json, digest_path
+from rlhf_tasks.workspace import Workspace
 
 #: a stage's `lineage.json` and dvc.lock, wherever they come from
 Read = Callable[[str], bytes]

@@ -19,8 +19,8 @@ from ruamel.yaml import YAML
 
 from rlhf_tasks.closure import import_closure
 from rlhf_tasks.config import Params, load_params
-from rlhf_tasks.engine import external_dependencies
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.keying import external_dependencies
 from rlhf_tasks.source import LOCK, git
 from rlhf_tasks.stages import STAGES, Stage
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_tasks import engine
+from rlhf_tasks import keying
 from rlhf_tasks.config import load_params, parse_assignments, set_params
-from rlhf_tasks.engine import Workspace
 from rlhf_tasks.stages import STAGES
+from rlhf_tasks.workspace import Workspace
 
 
 def with_params(workspace: Workspace, *assignments: str) -> Workspace:
@@ -25,4 +25,4 @@ def flip_bit(path: Path, at: int = -1) -> None:
 
 
 def stage_keys(workspace: Workspace) -> dict[str, str]:
-    return {name: engine.plan(workspace, stage).key for name, stage in STAGES.items()}
+    return {name: keying.plan(workspace, stage).key for name, stage in STAGES.items()}

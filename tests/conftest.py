@@ -18,15 +18,15 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_tasks import chain, config, engine
+from rlhf_tasks import chain, config, engine, keying
 from rlhf_tasks.config import load_params, parse_assignments, set_params
 from rlhf_tasks.data.encoding import train_tokenizer
-from rlhf_tasks.engine import Workspace
 from rlhf_tasks.first_actor import new_actor
 from rlhf_tasks.models import SCORE_STATISTICS, load_actor, load_scorer, new_scorer, save_model
 from rlhf_tasks.ppo.experience import Episodes
 from rlhf_tasks.stages import STAGES
 from rlhf_tasks.store import Entry
+from rlhf_tasks.workspace import Workspace
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -219,7 +219,7 @@ def run_stages() -> Callable[..., dict[str, Entry]]:
         entries = {}
         with contextlib.chdir(workspace.root):  # sources are named relative to the project's folder
             for name in names or [name for name in STAGES if name != "register"]:
-                job = engine.plan(workspace, STAGES[name])
+                job = keying.plan(workspace, STAGES[name])
                 if name == "ppo":
                     entries[name] = chain.finish(workspace, job, iterations(workspace))
                 else:

@@ -23,15 +23,15 @@ from transformers import (
     WhisperConfig,
 )
 
-from rlhf_tasks import config, engine
+from rlhf_tasks import config, keying
 from rlhf_tasks.base import check_lengths, find_base, known_positions, load_settings, positions
 from rlhf_tasks.config import parse_params
 from rlhf_tasks.data import prepare
-from rlhf_tasks.engine import Workspace
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.first_actor import new_actor
 from rlhf_tasks.models import load_tokenizer
 from rlhf_tasks.stages import STAGES
+from rlhf_tasks.workspace import Workspace
 
 Change = Callable[[Path], None]
 
@@ -217,7 +217,7 @@ def test_a_base_that_is_not_there_is_told_before_anything_runs(sketch: Workspace
     }.items():
         params = sketch.params.model_copy(update={"model": config.Model(base=base)})
         with pytest.raises(UserError, match=rf"^`model\.base: {base}`: {said}"):
-            engine.check_sources(params, sketch.root, [STAGES["prepare"]])
+            keying.check_sources(params, sketch.root, [STAGES["prepare"]])
 
 
 def test_config_is_the_only_text_of_a_llama_here(llama: Path) -> None:

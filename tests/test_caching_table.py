@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from changes import stage_keys, with_params
 
-from rlhf_tasks import closure, engine
+from rlhf_tasks import closure, keying
 from rlhf_tasks.closure import import_closure
 from rlhf_tasks.config import Params
-from rlhf_tasks.engine import Workspace
 from rlhf_tasks.stages import STAGES
+from rlhf_tasks.workspace import Workspace
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHANGES = {
@@ -59,7 +59,7 @@ def test_the_table_has_every_group_of_parameters() -> None:
 @pytest.mark.parametrize("group", CHANGES)
 def test_a_group_of_parameters(sketch: Workspace, group: str) -> None:
     before = stage_keys(sketch)
-    assert engine.differing(before, stage_keys(with_params(sketch, CHANGES[group]))) == PARAMETERS[group]
+    assert keying.differing(before, stage_keys(with_params(sketch, CHANGES[group]))) == PARAMETERS[group]
 
 
 def test_every_module() -> None:
@@ -77,28 +77,28 @@ def test_every_module() -> None:
 
 
 def test_what_orchestrates_is_in_no_key(sketch: Workspace) -> None:
-    jobs = [engine.plan(sketch, stage) for stage in STAGES.values()]
+    jobs = [keying.plan(sketch, stage) for stage in STAGES.values()]
     runs_again = {job.stage for job in jobs if any(file.startswith("flows/") for file in job.identity["code"])}
     assert runs_again == TABLE["any file of `flows/`"]
 
 
 def test_python_itself(sketch: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     before = stage_keys(sketch)
-    monkeypatch.setattr(engine.platform, "python_version_tuple", lambda: ("3", "99", "0"))
-    engine._environment.cache_clear()
-    assert engine.differing(before, stage_keys(sketch)) == TABLE["Python (3.11, 3.12, ...)"]
-    engine._environment.cache_clear()
+    monkeypatch.setattr(keying.platform, "python_version_tuple", lambda: ("3", "99", "0"))
+    keying._environment.cache_clear()
+    assert keying.differing(before, stage_keys(sketch)) == TABLE["Python (3.11, 3.12, ...)"]
+    keying._environment.cache_clear()
 
 
 def test_every_library(sketch: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, version = stage_keys(sketch), engine.version
+    before, version = stage_keys(sketch), keying.version
     assert set().union(*(stage.libraries for stage in STAGES.values())) <= set(LIBRARIES)
     for library, stages in LIBRARIES.items():
         with monkeypatch.context() as installed:
-            installed.setattr(engine, "version", lambda name, new=library: "0" if name == new else version(name))
-            engine._environment.cache_clear()
-            assert engine.differing(before, stage_keys(sketch)) == stages, library
-    engine._environment.cache_clear()
+            installed.setattr(keying, "version", lambda name, new=library: "0" if name == new else version(name))
+            keying._environment.cache_clear()
+            assert keying.differing(before, stage_keys(sketch)) == stages, library
+    keying._environment.cache_clear()
 
 
 def test_files_from_outside(sketch: Workspace, write_model: Callable[[Path], None]) -> None:
@@ -115,7 +115,7 @@ def test_files_from_outside(sketch: Workspace, write_model: Callable[[Path], Non
         before = stage_keys(project)
         with (root / file).open("a") as text:
             text.write("\n")
-        assert engine.differing(before, stage_keys(project)) == TABLE[change], change
+        assert keying.differing(before, stage_keys(project)) == TABLE[change], change
 
 
 def test_a_library_of_a_reward_function(sketch: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +123,8 @@ def test_a_library_of_a_reward_function(sketch: Workspace, monkeypatch: pytest.M
     (sketch.root / "helper.py").write_text("from pytest import approx\n")
     (sketch.root / "mine.py").write_text("import helper, json\n\ndef score(prompts, responses):\n    return []\n")
     project = with_params(sketch, "reward_function.name=mine:score")
-    job = engine.plan(project, STAGES["ppo"])
+    job = keying.plan(project, STAGES["ppo"])
     assert job.identity["environment"]["pytest"] == pytest.__version__
     before = stage_keys(project)
     monkeypatch.setattr(closure, "version", lambda name: "0")
-    assert engine.differing(before, stage_keys(project)) == TABLE[FUNCTION]
+    assert keying.differing(before, stage_keys(project)) == TABLE[FUNCTION]

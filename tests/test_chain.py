@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from rlhf_tasks import chain, ppo_stage
-from rlhf_tasks.engine import Workspace
 from rlhf_tasks.store import DamagedEntry, Entry, digest_path
+from rlhf_tasks.workspace import Workspace
 
 Run = Callable[..., dict[str, Entry]]
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from rlhf_tasks import config, doctor
 from rlhf_tasks.config import load_params, parse_assignments, set_params
 from rlhf_tasks.doctor import Finding, FirstBatch, examine, models, reward
-from rlhf_tasks.engine import Workspace
+from rlhf_tasks.workspace import Workspace
 
 FEW = {"evaluation"}  # the small project answers 16 prompts, which the doctor minds
 

@@ -16,12 +16,13 @@ import pytest
 import torch
 from changes import flip_bit, stage_keys, with_params
 
-from rlhf_tasks import engine, training
-from rlhf_tasks.engine import Recorder, Workspace
+from rlhf_tasks import engine, keying, training
+from rlhf_tasks.engine import Recorder
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.explain import standings
 from rlhf_tasks.stages import STAGES, stages_between
 from rlhf_tasks.store import DamagedEntry, Entry
+from rlhf_tasks.workspace import Workspace, alone, state_folder
 
 Make = Callable[..., Workspace]
 Run = Callable[..., dict[str, Entry]]
@@ -40,7 +41,7 @@ def test_a_parameter_changes_the_keys_of_the_stages_that_read_it(
 ) -> None:
     """The table of all groups of parameters is docs/caching.md's (test_caching_table.py)."""
     before = stage_keys(sketch)
-    assert engine.differing(before, stage_keys(with_params(sketch, assignment))) == stages
+    assert keying.differing(before, stage_keys(with_params(sketch, assignment))) == stages
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_a_parameter_changes_the_keys_of_the_stages_that_read_it(
 def test_an_input_changes_the_keys_of_the_stages_that_read_it(sketch: Workspace, path: str, stages: set[str]) -> None:
     before = stage_keys(sketch)
     (sketch.root / path).write_text("changed")
-    assert engine.differing(before, stage_keys(sketch)) == stages
+    assert keying.differing(before, stage_keys(sketch)) == stages
 
 
 def test_keys_do_not_depend_on_the_place(sketch: Workspace, tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_keys_do_not_depend_on_the_place(sketch: Workspace, tmp_path: Path) -> N
 
 
 def test_the_code_that_a_stage_runs_is_in_its_key(sketch: Workspace) -> None:
-    code = engine.plan(sketch, STAGES["ppo"]).identity["code"]
+    code = keying.plan(sketch, STAGES["ppo"]).identity["code"]
     assert {"rlhf_tasks/ppo/functional.py", "rlhf_tasks/ppo_stage.py"} <= set(code)
     assert "rlhf_tasks/report.py" not in code
 
@@ -80,30 +81,30 @@ def test_another_gpu_or_cuda_version_is_another_environment(sketch: Workspace, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = []
     for gpu, cuda in (("H100", "12.8"), ("H100", "13.0"), ("H200", "13.0")):
-        engine._environment.cache_clear()
+        keying._environment.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=gpu: name)
         monkeypatch.setattr(torch.version, "cuda", cuda)
         found.append(stage_keys(with_params(sketch, "runtime.device=cuda")))
-    engine._environment.cache_clear()
+    keying._environment.cache_clear()
     trained = {"sft", "reward", "ppo", "evaluate"}
-    assert engine.differing(found[0], found[1]) == engine.differing(found[1], found[2]) == trained
+    assert keying.differing(found[0], found[1]) == keying.differing(found[1], found[2]) == trained
 
 
 def test_a_missing_input_names_the_stage_that_makes_it(workspace: Make) -> None:
     project = workspace()
     with pytest.raises(UserError, match=r"data/prepared/sft: not found.*made by the stage prepare"):
-        engine.plan(project, STAGES["sft"])
+        keying.plan(project, STAGES["sft"])
     (project.root / "data/raw/ratings.jsonl").unlink()
     with pytest.raises(UserError, match=r"data/raw/ratings\.jsonl: not found.*correct the path in params\.yaml"):
-        engine.plan(project, STAGES["prepare"])
+        keying.plan(project, STAGES["prepare"])
 
 
 def test_the_store_of_a_dvc_experiment_is_its_repositorys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert engine.state_folder(tmp_path) == tmp_path / ".rlhf"
+    assert state_folder(tmp_path) == tmp_path / ".rlhf"
     monkeypatch.setenv("DVC_ROOT", "/repository")
-    assert engine.state_folder(tmp_path) == tmp_path / ".rlhf"
+    assert state_folder(tmp_path) == tmp_path / ".rlhf"
     monkeypatch.setenv("DVC_STAGE", "sft")
-    assert engine.state_folder(tmp_path) == Path("/repository/.rlhf")
+    assert state_folder(tmp_path) == Path("/repository/.rlhf")
 
 
 # Work ----------------------------------------------------------------------------------------------------------------
@@ -142,14 +143,14 @@ def test_work_that_is_done_is_not_done_again(finished: Any) -> None:
         raise AssertionError("it runs again")
 
     for name in ("sft", "reward", "evaluate"):
-        job = engine.plan(finished.workspace, STAGES[name])
+        job = keying.plan(finished.workspace, STAGES[name])
         assert engine.perform(finished.workspace, job, watch) == finished.entries[name]
 
 
 def test_two_at_once_do_the_work_once(workspace: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     project, rows, entries = workspace(), [], []
     monkeypatch.chdir(project.root)
-    job = engine.plan(project, STAGES["prepare"])
+    job = keying.plan(project, STAGES["prepare"])
 
     def work() -> None:
         entries.append(engine.perform(project, job, lambda row, total: rows.append(row["step"])))
@@ -179,7 +180,7 @@ def test_a_stage_that_was_killed_goes_on_to_the_same_bits(
     finished: Any, finished_copy: Workspace, saves_every_step: None, stage: str, kills: list[int]
 ) -> None:
     """The curve included: what was recorded before a kill is neither lost nor told twice."""
-    job = engine.plan(finished_copy, STAGES[stage])
+    job = keying.plan(finished_copy, STAGES[stage])
     finished_copy.store.discard(job.key)
     steps: list[int] = []
 
@@ -281,7 +282,7 @@ def test_a_store_that_was_deleted_adopts_what_the_workspace_holds(finished: Any,
     shutil.rmtree(finished_copy.root / ".rlhf")
     project = Workspace(finished_copy.root, finished_copy.params)
     for name in TRAINED:
-        entry = engine.adopt(project, engine.plan(project, STAGES[name]))
+        entry = engine.adopt(project, keying.plan(project, STAGES[name]))
         assert entry.digest == finished.entries[name].digest
         assert entry.folder.name == finished.entries[name].folder.name
         assert engine.exported(project, entry)
@@ -296,15 +297,15 @@ def test_a_store_that_was_deleted_adopts_what_the_workspace_holds(finished: Any,
 def pulled(finished_copy: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
     """A clone that pulled, on a machine with another instruction set."""
     shutil.rmtree(finished_copy.root / ".rlhf")
-    monkeypatch.setattr(engine, "_simd", lambda: ["another"])
-    engine._environment.cache_clear()
+    monkeypatch.setattr(keying, "_simd", lambda: ["another"])
+    keying._environment.cache_clear()
     yield Workspace(finished_copy.root, finished_copy.params)
-    engine._environment.cache_clear()
+    keying._environment.cache_clear()
 
 
 def test_what_another_machine_made_is_adopted_as_that(pulled: Workspace, finished: Any) -> None:
     """It serves here, under its own key: nobody on a shared store takes it for this machine's."""
-    job, maker = engine.plan(pulled, STAGES["sft"]), finished.entries["sft"]
+    job, maker = keying.plan(pulled, STAGES["sft"]), finished.entries["sft"]
     entry = engine.adopt(pulled, job)
     assert entry is not None
     assert entry.manifest["key"] == maker.manifest["key"] != job.key
@@ -315,7 +316,7 @@ def test_what_another_machine_made_is_adopted_as_that(pulled: Workspace, finishe
 
 def test_what_was_adopted_can_be_forgotten(pulled: Workspace) -> None:
     """To be done again, when it was asked for or when it is damaged."""
-    job = engine.plan(pulled, STAGES["sft"])
+    job = keying.plan(pulled, STAGES["sft"])
     entry = engine.adopt(pulled, job)
     assert entry
     engine.forget(pulled, job)
@@ -327,10 +328,10 @@ def test_what_was_adopted_is_not_adopted_for_yet_another_environment(
     pulled: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A library that is upgraded here trains again here."""
-    assert engine.adopt(pulled, engine.plan(pulled, STAGES["sft"]))
-    monkeypatch.setattr(engine, "_simd", lambda: ["upgraded"])
-    engine._environment.cache_clear()
-    job = engine.plan(pulled, STAGES["sft"])
+    assert engine.adopt(pulled, keying.plan(pulled, STAGES["sft"]))
+    monkeypatch.setattr(keying, "_simd", lambda: ["upgraded"])
+    keying._environment.cache_clear()
+    job = keying.plan(pulled, STAGES["sft"])
     assert engine.find(pulled, job) is None
     assert engine.adopt(pulled, job) is None
 
@@ -341,13 +342,13 @@ def test_outs_that_do_not_say_what_they_were_made_of_are_not_adopted(pulled: Wor
     text = content or json.dumps(json.loads(path.read_text()) | {"parameters": {}})
     path.unlink()
     path.write_text(text if content is None else content)
-    assert engine.adopt(pulled, engine.plan(pulled, stage)) is None
+    assert engine.adopt(pulled, keying.plan(pulled, stage)) is None
 
 
 def test_an_entry_with_other_files_than_the_stage_makes_is_none(
     finished_copy: Workspace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = engine.plan(finished_copy, STAGES["sft"])
+    job = keying.plan(finished_copy, STAGES["sft"])
     with finished_copy.store.writing(job.key) as out:
         (out / "notes.txt").write_text("not a checkpoint")
         finished_copy.store.commit(job.key, out, job.identity, metrics={}, series=[], perf={})
@@ -360,11 +361,11 @@ def test_an_entry_with_other_files_than_the_stage_makes_is_none(
 def test_what_chooses_instructions_is_in_the_key(sketch: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     before = stage_keys(sketch)
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
-    engine._environment.cache_clear()
+    keying._environment.cache_clear()
     after = stage_keys(sketch)
     monkeypatch.delenv("ATEN_CPU_CAPABILITY")
-    engine._environment.cache_clear()
-    assert engine.differing(before, after) == {"sft", "reward", "ppo", "evaluate"}
+    keying._environment.cache_clear()
+    assert keying.differing(before, after) == {"sft", "reward", "ppo", "evaluate"}
 
 
 def test_back_to_an_earlier_value_nothing_is_to_do(workspace: Make, run_stages: Run) -> None:
@@ -381,18 +382,18 @@ def test_back_to_an_earlier_value_nothing_is_to_do(workspace: Make, run_stages: 
 @pytest.fixture
 def another_clone(workspace: Make) -> Iterator[Workspace]:
     project = workspace()
-    with engine.alone(project.root):
+    with alone(project.root):
         yield project
 
 
 def test_one_checkout_has_one_pipeline_at_a_time(another_clone: Workspace, workspace: Make) -> None:
     second = Workspace(another_clone.root, another_clone.params)
-    with pytest.raises(UserError, match=f"process {os.getpid()}"), engine.alone(second.root):
+    with pytest.raises(UserError, match=f"process {os.getpid()}"), alone(second.root):
         pass
     third = workspace()
-    with engine.alone(third.root):
+    with alone(third.root):
         pass
-    with engine.alone(third.root):
+    with alone(third.root):
         pass
 
 
@@ -411,7 +412,7 @@ def test_an_input_that_was_replaced_and_put_back_is_not_trusted(
     project = workspace()
     monkeypatch.chdir(project.root)
     source = project.root / "data/raw/ratings.jsonl"
-    content, job = source.read_bytes(), engine.plan(project, STAGES["prepare"])
+    content, job = source.read_bytes(), keying.plan(project, STAGES["prepare"])
 
     def watch(row: object, total: int) -> None:
         other = source.with_name("other")
@@ -428,8 +429,8 @@ def test_code_edited_before_it_is_imported_is_not_run_under_the_old_key(
     workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = workspace()
-    job = engine.plan(project, STAGES["prepare"])
-    monkeypatch.setitem(engine._CODE, "rlhf_tasks/data/pairs.py", "0" * 64)
+    job = keying.plan(project, STAGES["prepare"])
+    monkeypatch.setitem(keying._CODE, "rlhf_tasks/data/pairs.py", "0" * 64)
     with pytest.raises(UserError, match="its inputs or its code changed while it ran"):
         engine.perform(project, job, lambda row, total: None)
     assert project.store.find(job.key) is None
@@ -439,7 +440,7 @@ def test_a_run_that_begins_in_the_middle_says_at_once_what_it_lacks(sketch: Work
     """Before any server is started; what the run itself makes is not asked for."""
     (sketch.root / "data/prepared/prompts/file").unlink()
     (sketch.root / "data/prepared/prompts").rmdir()
-    check = partial(engine.check_sources, sketch.params, sketch.root)
+    check = partial(keying.check_sources, sketch.params, sketch.root)
     check(stages_between("prepare", "register"))
     check(stages_between("sft", "sft"))
     with pytest.raises(UserError, match="data/prepared/prompts: not found, but the stage reward reads it; it is made"):

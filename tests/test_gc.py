@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_tasks import chain, engine, gc
-from rlhf_tasks.engine import Job, Workspace
+from rlhf_tasks import chain, gc, keying
+from rlhf_tasks.keying import Job
 from rlhf_tasks.stages import STAGES
+from rlhf_tasks.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("own_mlflow")
 
@@ -31,7 +32,7 @@ def foreign(job: Job, **changes: Any) -> Job:
 
 
 def test_what_the_next_run_looks_for_stays(sketch: Workspace) -> None:
-    sft = engine.plan(sketch, STAGES["sft"])
+    sft = keying.plan(sketch, STAGES["sft"])
     store(sketch, sft, foreign(sft), *chain.plan(sketch))
     assert offered(sketch) == {foreign(sft).key}
     assert not (sketch.root / "mlflow.db").exists(), "asking makes no database"
@@ -45,8 +46,8 @@ def test_asking_makes_no_database_elsewhere_either(sketch: Workspace, monkeypatc
 
 def test_what_cannot_be_planned_now_stays(sketch: Workspace) -> None:
     """Without the Reward nobody knows the keys of PPO's iterations; SFT's are known."""
-    sft, iterations = engine.plan(sketch, STAGES["sft"]), chain.plan(sketch)
-    store(sketch, foreign(sft), foreign(engine.plan(sketch, STAGES["ppo"])), *iterations)
+    sft, iterations = keying.plan(sketch, STAGES["sft"]), chain.plan(sketch)
+    store(sketch, foreign(sft), foreign(keying.plan(sketch, STAGES["ppo"])), *iterations)
     assert sketch.store.partial("0" * 64).is_dir()
     shutil.rmtree(sketch.root / "checkpoints/reward")
     assert offered(sketch) == {foreign(sft).key}
@@ -54,7 +55,7 @@ def test_what_cannot_be_planned_now_stays(sketch: Workspace) -> None:
 
 def test_what_another_process_works_on_stays(sketch: Workspace) -> None:
     """Whoever goes on with a chain holds its first iteration's lock; one who came late keeps it too."""
-    sft, (one, *_) = foreign(engine.plan(sketch, STAGES["sft"])), chain.plan(sketch)
+    sft, (one, *_) = foreign(keying.plan(sketch, STAGES["sft"])), chain.plan(sketch)
     first = foreign(one)
     second = foreign(one, iteration=2, parent=first.key)
     store(sketch, sft, first, second)

@@ -16,16 +16,16 @@ from changes import stage_keys
 from shapes import CHATML, SHAPES, write_shape
 from transformers import AutoTokenizer
 
-from rlhf_tasks import config, engine
+from rlhf_tasks import config, keying
 from rlhf_tasks.base import find_base, known_positions, load_settings
 from rlhf_tasks.data.encoding import encode_prompt, encode_response, load_tokenizer
-from rlhf_tasks.engine import Workspace
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.first_actor import new_actor
 from rlhf_tasks.gguf_file import read_gguf
 from rlhf_tasks.models import load_actor, save_model, stop_ids
 from rlhf_tasks.stages import STAGES
 from rlhf_tasks.store import digest_path
+from rlhf_tasks.workspace import Workspace
 
 CPU = torch.device("cpu")
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
@@ -158,11 +158,11 @@ def test_the_file_and_its_reader_are_in_the_keys(
 ) -> None:
     model = config.Model(base=str(pair[2]))
     project = Workspace(sketch.root, sketch.params.model_copy(update={"model": model}))
-    before, version = stage_keys(project), engine.version
+    before, version = stage_keys(project), keying.version
     with monkeypatch.context() as other:
-        other.setattr(engine, "version", lambda name: "0" if name == "gguf" else version(name))
-        assert engine.differing(before, stage_keys(project)) == {"prepare", "sft"}
-    job = engine.plan(project, STAGES["sft"])
+        other.setattr(keying, "version", lambda name: "0" if name == "gguf" else version(name))
+        assert keying.differing(before, stage_keys(project)) == {"prepare", "sft"}
+    job = keying.plan(project, STAGES["sft"])
     assert job.identity["inputs"][str(pair[2])] == digest_path(pair[2])
 
 

@@ -12,11 +12,11 @@ import pytest
 from hub import COMMIT, NAME, environment, serve, write_cache
 from shapes import write_shape
 
-from rlhf_tasks import config, engine
+from rlhf_tasks import config, keying
 from rlhf_tasks.config import parse_params
-from rlhf_tasks.engine import Workspace
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import STAGES
+from rlhf_tasks.workspace import Workspace
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FIND = """
@@ -108,7 +108,7 @@ def test_the_commit_is_in_the_keys_and_the_model_is_no_input(sketch: Workspace) 
     def keys(commit: str) -> dict[str, Any]:
         model = config.Model(base=NAME, revision=commit)
         project = Workspace(sketch.root, sketch.params.model_copy(update={"model": model}))
-        return {name: engine.plan(project, STAGES[name]) for name in ("prepare", "sft", "reward")}
+        return {name: keying.plan(project, STAGES[name]) for name in ("prepare", "sft", "reward")}
 
     one, other = keys(COMMIT), keys(COMMIT[::-1])
     assert {name for name, job in one.items() if job.key != other[name].key} == {"prepare", "sft"}

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flows.plan import say_plan
-from rlhf_tasks.engine import Workspace
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.machine import GPUS, Machine, named_gpu, this_machine
 from rlhf_tasks.meter import Meter, Need, without_data
 from rlhf_tasks.plan import Amounts, _ppo, amounts_of, largest_micro_batch, phases, rows_that_fit, settings_of, sizes_of
 from rlhf_tasks.training import adamw
+from rlhf_tasks.workspace import Workspace
 
 TINY = LlamaConfig(
     vocab_size=300,

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_tasks import config, engine
+from rlhf_tasks import config, keying
 from rlhf_tasks.closure import user_closure
-from rlhf_tasks.engine import Workspace
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.ppo.experience import Episodes, ScoreFunction, shape_scores
 from rlhf_tasks.reward_function import load_reward_function
 from rlhf_tasks.stages import STAGES
 from rlhf_tasks.store import Entry
+from rlhf_tasks.workspace import Workspace
 
 SOURCE = """
 from helper_of_rewards import LETTER
@@ -128,12 +128,12 @@ def test_its_source_and_what_that_imports_are_in_the_key(
     (project.root / "helper_of_rewards.py").write_text("LETTER = 'a'\n")
     assert user_closure("my_rewards", project.root) == ("helper_of_rewards.py", "my_rewards.py")
     for stage in ("ppo", "evaluate"):
-        assert "my_rewards.py" in engine.external_inputs(project.params, project.root, STAGES[stage])
-    assert engine.external_inputs(project.params, project.root, STAGES["reward"]) == []
+        assert "my_rewards.py" in keying.external_inputs(project.params, project.root, STAGES[stage])
+    assert keying.external_inputs(project.params, project.root, STAGES["reward"]) == []
     run_stages(project, "prepare", "sft", "reward")
-    before = engine.plan(project, STAGES["ppo"])
+    before = keying.plan(project, STAGES["ppo"])
     (project.root / "helper_of_rewards.py").write_text("LETTER = 'bc'\n")
-    assert engine.plan(project, STAGES["ppo"]).key != before.key
+    assert keying.plan(project, STAGES["ppo"]).key != before.key
 
 
 @pytest.mark.parametrize(
@@ -174,9 +174,9 @@ def test_an_installed_function_is_keyed_by_its_source(
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     project = workspace("reward_function.name=judges.taste:score")
     run_stages(project, "prepare", "sft", "reward")
-    before = engine.plan(project, STAGES["ppo"])
+    before = keying.plan(project, STAGES["ppo"])
     assert {name for name in before.identity["code"] if name.startswith("installed")} == {
         f"installed: judges/{name}.py" for name in ("__init__", "taste", "words")
     }
     (tmp_path / "site/judges/words.py").write_text("GOOD = 2\n")
-    assert engine.plan(project, STAGES["ppo"]).key != before.key
+    assert keying.plan(project, STAGES["ppo"]).key != before.key

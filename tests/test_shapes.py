@@ -17,7 +17,6 @@ from rlhf_tasks.data.batching import collate
 from rlhf_tasks.data.tables import TokenColumn, read_table
 from rlhf_tasks.doctor import _OF_MODELS
 from rlhf_tasks.doctor.first_batch import FirstBatch
-from rlhf_tasks.engine import Workspace
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.first_actor import new_actor
 from rlhf_tasks.models import (
@@ -30,6 +29,7 @@ from rlhf_tasks.models import (
     token_scores,
 )
 from rlhf_tasks.ppo.rollout import Sampling, sample, sample_responses, uniforms
+from rlhf_tasks.workspace import Workspace
 
 CPU = torch.device("cpu")
 PROMPTS = [[9, 30], [17, 40, 60, 21, 33, 45, 50, 71, 72, 73, 74], [25], [80, 81, 82, 83]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from rlhf_tasks import engine, versioning
+from rlhf_tasks import engine, keying, versioning
 from rlhf_tasks.base import check_lengths, known_positions, positions
 from rlhf_tasks.config import Params
 from rlhf_tasks.data.tables import TokenColumn, read_table
@@ -16,6 +16,7 @@ from rlhf_tasks.doctor.finding import Finding
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.reward_function import try_reward_function
 from rlhf_tasks.stages import STAGES, Stage
+from rlhf_tasks.workspace import Workspace
 
 
 def sampling(root: Path, params: Params) -> Finding:
@@ -81,13 +82,13 @@ def evaluation_prompts(root: Path, params: Params) -> Finding:
 
 def checkpoints(root: Path, params: Params) -> Finding:
     """Whether SFT and Reward are those of the present parameters, data and code."""
-    workspace = engine.Workspace(root, params)
-    engine.check_sources(params, root, [STAGES["prepare"], STAGES["sft"]])
+    workspace = Workspace(root, params)
+    keying.check_sources(params, root, [STAGES["prepare"], STAGES["sft"]])
     stages = [STAGES[name] for name in ("sft", "reward")]
     if not all((root / f"checkpoints/{stage.name}").exists() for stage in stages):
         return Finding("checkpoints", None, "there are none yet")
     for stage in stages:
-        job = engine.plan(workspace, stage)
+        job = keying.plan(workspace, stage)
         entry = engine.find(workspace, job)
         if not (entry and engine.exported(workspace, entry)) and not _vouched(workspace, stage, job):
             text = f"checkpoints/{stage.name} is of other parameters, data or code; `rlhf run --until reward` first"
@@ -95,7 +96,7 @@ def checkpoints(root: Path, params: Params) -> Finding:
     return Finding("checkpoints", True, "SFT and Reward are those of params.yaml, data and code")
 
 
-def _vouched(workspace: engine.Workspace, stage: Stage, job: engine.Job) -> bool:
+def _vouched(workspace: Workspace, stage: Stage, job: keying.Job) -> bool:
     """Whether dvc.lock says so, as in a clone that pulled."""
     try:
         return engine.adoptable(workspace, job) and stage.name not in versioning.outdated_stages(workspace.root)

@@ -7,7 +7,7 @@ import sys
 import pytest
 from changes import stage_keys, with_params
 
-from rlhf_tasks import engine, versioning
+from rlhf_tasks import keying, versioning
 from rlhf_tasks.data.files import source_files, watched_path
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.stages import STAGES
@@ -25,24 +25,24 @@ def test_a_new_file_is_an_input_of_prepare(sketch, path):
         shutil.move(sketch.root / "data/prepared", sketch.root / "prepared")  # else the pattern is refused
     project = sources_at(sketch, path)
     before = stage_keys(project) if path != "data/*/r*.jsonl" else None
-    assert engine.external_inputs(project.params, project.root, PREPARE) == ["data/raw/ratings.jsonl"]
+    assert keying.external_inputs(project.params, project.root, PREPARE) == ["data/raw/ratings.jsonl"]
     (project.root / "data/raw/r2.jsonl").write_text("{}")
     inputs = ["data/raw/r2.jsonl", "data/raw/ratings.jsonl"]
-    assert engine.external_inputs(project.params, project.root, PREPARE) == inputs
+    assert keying.external_inputs(project.params, project.root, PREPARE) == inputs
     if before:
-        assert engine.differing(before, stage_keys(project)) == {"prepare"}
+        assert keying.differing(before, stage_keys(project)) == {"prepare"}
         (project.root / "data/raw/notes.txt").write_text("no data")
-        assert engine.external_inputs(project.params, project.root, PREPARE) == inputs
+        assert keying.external_inputs(project.params, project.root, PREPARE) == inputs
 
 
 def test_changing_one_row_changes_one_digest(sketch):
     project = sources_at(sketch, "data/raw")
     for name in "abc":
         (project.root / f"data/raw/{name}.jsonl").write_text('{"text": "a", "rating": 1}\n' * 3)
-    before = engine.plan(project, PREPARE).identity["inputs"]
+    before = keying.plan(project, PREPARE).identity["inputs"]
     (project.root / "data/raw/b.jsonl").write_text('{"text": "a", "rating": 1}\n' * 2 + '{"text": "b", "rating": 1}\n')
-    after = engine.plan(project, PREPARE).identity["inputs"]
-    assert engine.differing(before, after) == {"data/raw/b.jsonl"}
+    after = keying.plan(project, PREPARE).identity["inputs"]
+    assert keying.differing(before, after) == {"data/raw/b.jsonl"}
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_a_folder_with_the_pipelines_own_files_is_refused(sketch, path):
     (sketch.root / "x.jsonl").write_text("{}")
     project = sources_at(sketch, path)
     with pytest.raises(UserError, match=r"a folder that also holds what the pipeline writes \(.*\); put the files of"):
-        engine.check_sources(project.params, project.root, [PREPARE])
+        keying.check_sources(project.params, project.root, [PREPARE])
 
 
 def test_dvc_sees_a_new_file_of_a_pattern(sketch):
     project = sources_at(sketch, "data/raw/*.jsonl")
     for name in ("rlhf_tasks", "flows"):
-        shutil.copytree(engine.SOURCE_ROOT / name, project.root / name)
+        shutil.copytree(keying.SOURCE_ROOT / name, project.root / name)
     for command in (("git", "init", "-q"), (sys.executable, "-m", "dvc", "init", "-q")):
         subprocess.run(command, cwd=project.root, check=True)
     assert versioning.update_pipeline(project.root, project.params)
