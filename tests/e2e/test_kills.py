@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -101,13 +102,17 @@ def in_ppo(project: Project) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("door", [("rlhf", "run"), ("dvc", "repro")])
+@pytest.mark.parametrize(("door", "places"), [(("rlhf", "run"), (in_sft, in_ppo)), (("dvc", "repro"), (in_ppo,))])
 def test_ctrl_c_ends_at_once_and_the_run_goes_on_to_the_same_bits(
-    finished: Project, tmp_path: Path, prefect_home: Path, door: tuple[str, str]
+    finished: Project,
+    tmp_path: Path,
+    prefect_home: Path,
+    door: tuple[str, str],
+    places: tuple[Callable[[Project], bool], ...],
 ) -> None:
-    """With the project's own server: Ctrl-C reaches every process of the terminal. Once in SFT, once in PPO."""
+    """With the project's own server: Ctrl-C reaches every process of the terminal."""
     project = make_project(tmp_path / "stopped", prefect_home)
-    for has_begun in (in_sft, in_ppo):
+    for has_begun in places:
         run = project.start(*door)
         wait_until(partial(has_begun, project), 300, run.communicate)
         kept, started = entries(project), time.monotonic()

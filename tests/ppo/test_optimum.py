@@ -185,10 +185,7 @@ def explained_by(critic: Any, bandit: Bandit, actor: Any, beta: float) -> float:
     return 1 - (variance(true - found) / variance(true)).item()
 
 
-SLOW = pytest.mark.slow  # a minute each
-
-
-@pytest.mark.parametrize("beta", [pytest.param(0.35, marks=SLOW), 0.5, pytest.param(0.8, marks=SLOW)])
+@pytest.mark.parametrize("beta", [0.5, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_the_best_policy_is_reached(bandit: Bandit, beta: float) -> None:
     actor, critic, _ = train(bandit, FixedKL(beta))
     found = distance(bandit, actor, beta)
