@@ -183,7 +183,7 @@ def _check_room(model: Any, prompts: Path, generation: config.Generation) -> Non
     Raises:
         UserError: a model with positions by number would fail, one with rotary ones answer beyond what it has learned.
     """
-    longest = int(TokenColumn(read_table(prompts / "train.arrow"), "input_ids").lengths().max())
+    longest = int(TokenColumn(read_table(prompts / "train.arrow", ["input_ids"]), "input_ids").lengths().max())
     have = getattr(model.config, "max_position_embeddings", None)
     if have is not None and longest + generation.max_new_tokens > have:
         raise UserError(
