@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from rlhf_tasks.data.batching import Batch
 from rlhf_tasks.data.tables import TokenColumn, read_table
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.models import (
@@ -18,12 +19,10 @@ from rlhf_tasks.models import (
     load_score_statistics,
     load_scorer,
     load_tokenizer,
-    response_logits,
     set_up_torch,
     stop_ids,
 )
-from rlhf_tasks.ppo.experience import Episodes, per_token
-from rlhf_tasks.ppo.functional import response_logprobs
+from rlhf_tasks.ppo.experience import Episodes, per_token, policy_measures
 from rlhf_tasks.ppo.rollout import Sampling, distinct_bigrams, ended, sample_responses
 from rlhf_tasks.reward import score_texts
 from rlhf_tasks.reward_function import load_reward_function
@@ -77,7 +76,7 @@ def run(
         progress(done=done, total=len(models))
         episodes = answer(model, questions, tokenizer, generation, seed)
         answers[name] = measure(episodes, scorer, tokenizer, evaluate.judge)
-    kl = sequence_kl(models["actor"], models["sft"], answers["actor"].episodes, tokenizer, generation.temperature)
+    kl = sequence_kl(models["actor"], models["sft"], answers["actor"].episodes, generation.temperature)
     _, score_std = load_score_statistics(reward)
     metrics = compare(answers["sft"], answers["actor"], kl, score_std, evaluate.bootstrap, seed)
     cut = cut_to_equal_length(answers["sft"].episodes, answers["actor"].episodes)
@@ -109,11 +108,11 @@ def answer(
     model: Any, questions: list[list[int]], tokenizer: Any, generation: config.Generation, seed: int
 ) -> Episodes:
     """Sample one response to each prompt, with the same draws for every model."""
-    sampling = Sampling.of(generation, stop_ids(model, tokenizer, generation.stop), tokenizer.pad_token_id)
+    sampling = Sampling.of(generation, stop_ids(model, tokenizer, generation.stop))
     responses: list[list[int]] = []
     for start in range(0, len(questions), ROLLOUT_ROWS):
         chunk = questions[start : start + ROLLOUT_ROWS]
-        responses += sample_responses(model, chunk, sampling, (seed, "evaluate", "sampling", start))
+        responses += sample_responses(model, chunk, sampling, (seed, "evaluate", "sampling", start)).responses
     return Episodes(questions, responses, ended(responses, sampling.stop_ids))
 
 
@@ -123,7 +122,7 @@ def measure(episodes: Episodes, scorer: Any, tokenizer: Any, judge: str | None) 
     device, scores = next(scorer.parameters()).device, np.zeros(len(rows))
     with torch.no_grad():
         for batch in length_batches([len(row) for row in rows], BATCH_TOKENS):
-            scores[batch] = score_texts(scorer, [rows[i] for i in batch], tokenizer.pad_token_id, device).cpu().numpy()
+            scores[batch] = score_texts(scorer, [rows[i] for i in batch], device).cpu().numpy()
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     judged = np.array([vader(text) for text in texts]) if judge == "vader" else None
     return Answers(episodes, texts, scores, judged, np.array([len(r) for r in episodes.responses], dtype=float))
@@ -140,22 +139,15 @@ def cut_to_equal_length(one: Episodes, other: Episodes) -> tuple[Episodes, Episo
 
 
 @torch.no_grad()
-def sequence_kl(model: Any, anchor: Any, episodes: Episodes, tokenizer: Any, temperature: float) -> np.ndarray:
+def sequence_kl(model: Any, anchor: Any, episodes: Episodes, temperature: float) -> np.ndarray:
     """k1 estimate of KL(model ‖ anchor) of each response, summed over its tokens, in nats, `[N]`."""
     device = next(model.parameters()).device
 
-    def difference(batch: Any) -> tuple[torch.Tensor, ...]:
-        logprobs = [
-            response_logprobs(
-                response_logits(m, batch.input_ids, batch.attention_mask, batch.tokens.shape[1]),
-                batch.tokens,
-                temperature,
-            )
-            for m in (model, anchor)
-        ]
-        return (logprobs[0] - logprobs[1],)
+    def difference(batch: Batch) -> tuple[torch.Tensor]:
+        own, other = (policy_measures(policy, batch, temperature)[0] for policy in (model, anchor))
+        return (own - other,)
 
-    (kl,) = per_token(difference, episodes, BATCH_TOKENS, tokenizer.pad_token_id, device)
+    (kl,) = per_token(difference, episodes, BATCH_TOKENS, device)
     return kl.sum(1).cpu().numpy()
 
 

@@ -10,22 +10,23 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
 )
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from rlhf_tasks.base import SCRATCH_POSITIONS, check_vocabulary, find_base, load_settings
+from rlhf_tasks.data.batching import Line
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.forward import Cache, hidden_states, windows
 from rlhf_tasks.gguf_file import read_gguf
-from rlhf_tasks.models import check_size, load_actor, position_ids, ready, response_logits
+from rlhf_tasks.head import Head
+from rlhf_tasks.models import check_size, load_actor, ready
 from rlhf_tasks.seeds import derive_seed
 
 if TYPE_CHECKING:
     from rlhf_tasks import config
 
-PADDING = 3
 SAME = 1e-2  # of the logits' spread: rounding is far below, a wrong position far above
 
 
@@ -49,7 +50,7 @@ def new_actor(model: config.Model, tokenizer: Any, seed: int) -> Any:
         check_vocabulary(base, actor.get_input_embeddings().num_embeddings, tokenizer)
         _check_scorer(base, actor.config)
         _give_row(actor, tokenizer)
-        _check_padding(base, actor, tokenizer)
+        _check_forward(base, actor)
         return ready(actor, tokenizer)
 
 
@@ -123,39 +124,59 @@ def _give_row(actor: Any, tokenizer: Any) -> None:
 
 
 @torch.no_grad()
-def _check_padding(base: Path, actor: Any, tokenizer: Any) -> None:
-    """See on three tokens that padding and the cache change nothing, as all that follows takes for granted.
+def _check_forward(base: Path, actor: Any) -> None:
+    """See on a few tokens that our forward pass (forward.py, head.py) is the model's own, as all that follows takes for
+    granted: in a line with other texts, and with a cache.
 
     Raises:
-        UserError: they do: the model is of a kind whose ratios and scores would be of something else.
+        UserError: it is not: the model is of a kind whose ratios and scores would be of something else.
     """
-    pad = tokenizer.pad_token_id
-    tokens = torch.tensor([i for i in range(actor.config.get_text_config().vocab_size) if i != pad][:PADDING])[None]
-    ids = torch.nn.functional.pad(tokens, (PADDING, 0), value=pad)
-    mask = torch.tensor([[0] * PADDING + [1] * tokens.shape[1]])
-    alone_logits = response_logits(actor, tokens, torch.ones_like(tokens), tokens.shape[1] - 1)
-    padded = response_logits(actor, ids, mask, tokens.shape[1] - 1)
-    cached = _token_by_token(actor, ids, mask)[:, PADDING:-1]
-    spread = alone_logits.std()
-    for found, what in ((padded, "padding on the left"), (cached, "decoding with a cache")):
-        if not (found - alone_logits).abs().max() <= SAME * spread:
-            raise UserError(
-                f"`model.base: {base}`: {what} changes what this model ({actor.config.model_type}) says, so PPO's "
-                "ratios would be of something else; choose a base of another kind"
-            )
-
-
-def _token_by_token(actor: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits of every place, `[B, L, V]`, each from the cache of the places before it."""
-    cache, positions = DynamicCache(config=actor.config), position_ids(mask)
-    steps = [
-        actor(
-            input_ids=ids[:, place : place + 1],
-            attention_mask=mask[:, : place + 1],
-            position_ids=positions[:, place : place + 1],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-        for place in range(ids.shape[1])
+    most = actor.config.get_text_config().vocab_size
+    texts = [[i % most for i in (1, 2)], [i % most for i in (3, 4, 5, 6)]]
+    try:
+        own, line = _plainly(actor, texts), Line.of(texts, torch.device("cpu"))
+        together = Head.of(actor).logits(hidden_states(actor, line))
+        by_token, told = _token_by_token(actor, texts[1]), windows(actor, line)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        raise UserError(f"`model.base: {base}`: {actor.config.model_type} models cannot be read: {reason}") from None
+    wrong = [
+        what
+        for found, wanted, what in (
+            (together, own, "reading several texts at once"),
+            (by_token, own[len(texts[0]) :], "decoding with a cache"),
+        )
+        if not (found - wanted).abs().max() <= SAME * own.std()
     ]
-    return torch.cat(steps, dim=1)
+    if len(told) - told.count(None) < _windowed_layers(actor.config):
+        wrong.append("attention without the sliding window of its config.json")
+    if wrong:
+        raise UserError(
+            f"`model.base: {base}`: {wrong[0]} changes what this model ({actor.config.model_type}) says, so PPO's "
+            "ratios would be of something else; choose a base of another kind"
+        )
+
+
+def _plainly(actor: Any, texts: list[list[int]]) -> Tensor:
+    """Logits of all tokens as the model itself says, text by text, with the attention that leaves nothing out."""
+    usual, actor.config._attn_implementation = actor.config._attn_implementation, "eager"
+    try:
+        return torch.cat([actor(input_ids=torch.tensor([text]), use_cache=False).logits[0] for text in texts])
+    finally:
+        actor.config._attn_implementation = usual
+
+
+def _token_by_token(actor: Any, text: list[int]) -> Tensor:
+    """Logits of all tokens of a text, each from the cache of those before it."""
+    cache, states = Cache(len(text)), []
+    for place, token in enumerate(text):
+        states.append(hidden_states(actor, Line(torch.tensor([token]), (1,), (place,)), cache))
+    return Head.of(actor).logits(torch.cat(states))
+
+
+def _windowed_layers(settings: Any) -> int:
+    """How many layers do not look back to the beginning, by the model's settings."""
+    kinds = getattr(settings, "layer_types", None)
+    if kinds is not None:
+        return len([kind for kind in kinds if kind != "full_attention"])
+    return settings.num_hidden_layers if getattr(settings, "sliding_window", None) else 0

@@ -1,4 +1,4 @@
-"""Making, loading and saving the four models, and the two forward passes that everything uses.
+"""Making, loading and saving the four models.
 
 Actor and Ref are causal language models; Reward and Critic are sequence classifiers with one label. All run with
 dropout off, in float32, from safetensors; code from a model's folder is never run.
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -122,35 +121,6 @@ def stop_ids(model: Any, tokenizer: Any, stop: str | None) -> list[int]:
             )
         ids.add(tokens[0])
     return sorted(ids)
-
-
-def response_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-    """Logits that predict the last `length` columns: `[B, P + T] -> [B, T, V]`, T = `length`."""
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-        logits_to_keep=length + 1,
-    )
-    return output.logits[:, :-1]
-
-
-def token_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The scalar head's output at every place: `[B, L] -> [B, L]`."""
-    trunk = getattr(model, model.base_model_prefix)
-    hidden = trunk(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-    ).last_hidden_state
-    return model.score(hidden).squeeze(-1)
-
-
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions counted over real tokens only, so padding on the left changes nothing: `[B, L] -> [B, L]`."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def _load(kind: Any, folder: Path, new: tuple[str, ...] = (), **options: Any) -> Any:

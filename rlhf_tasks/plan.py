@@ -12,28 +12,29 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_tasks import evaluate as evaluation
 from rlhf_tasks.base import find_base, load_settings
 from rlhf_tasks.config import Params
-from rlhf_tasks.data.batching import Batch
+from rlhf_tasks.data.batching import Batch, Line
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.first_actor import scratch_settings
+from rlhf_tasks.forward import Cache, hidden_states
+from rlhf_tasks.head import Head
 from rlhf_tasks.meter import Meter, Need, without_data
-from rlhf_tasks.models import position_ids
-from rlhf_tasks.ppo.experience import Experience, policy_measures, response_scores, response_values
+from rlhf_tasks.ppo.experience import Experience, policy_measures, response_scores, response_values, whole_kl
 from rlhf_tasks.ppo.optimization import actor_gradient, critic_gradient
 from rlhf_tasks.ppo.rollout import Sampling, sample
 from rlhf_tasks.reward import SCORING_BATCH_TOKENS, pairwise_loss, score_texts
-from rlhf_tasks.sft import Rows
-from rlhf_tasks.training import adamw
+from rlhf_tasks.sft import learn_rows
+from rlhf_tasks.training import adamw, clipped_step
 
 FLOAT = 4  # bytes of a weight, a gradient, each of Adam's two moments
 CPU = torch.device("cpu")
@@ -129,23 +130,27 @@ def phases(params: Params, settings: Any, amounts: Amounts, micro_batch_tokens: 
 def largest_micro_batch(params: Params, settings: Any, amounts: Amounts, room: float) -> int | None:
     """The largest `ppo.micro_batch_tokens` with which PPO stays within `room` bytes of tensors; None if none does.
 
-    Memory grows evenly with the rows of a micro-batch, so two sizes tell of all. More than the batch is of no use.
+    Found by halving, for memory grows with the rows of a micro-batch. More than the batch is of no use.
     """
     width = max(1, round(amounts.prompt)) + params.generation.max_new_tokens
-    one, many = (
-        max(phase.need.peak for phase in _ppo(params, settings, amounts, rows * width))
-        for rows in (1, params.ppo.batch)
-    )
-    rows = rows_that_fit(one, many, params.ppo.batch, room)
-    return width * rows if rows else None
+    with without_data() as meter:
+        four = _FourModels(meter, params, settings, amounts)
+
+        def fits(rows: int) -> bool:
+            return max(need.peak for need in (four.judged(rows), *four.learned(rows))) <= room
+
+        if four.drawn().peak > room:
+            return None
+        return width * most_that_fit(params.ppo.batch, fits) or None
 
 
-def rows_that_fit(one: float, many: float, rows: int, room: float) -> int:
-    """How many of `rows` fit into `room`, if one takes `one` and all take `many`; 0 if not even one does."""
-    if one > room:
-        return 0
-    a_row = (many - one) / max(1, rows - 1)
-    return rows if many <= room else 1 + int((room - one) / a_row)
+def most_that_fit(rows: int, fits: Callable[[int], bool]) -> int:
+    """The largest of 1 to `rows` that fits, where all that are smaller fit too; 0 if none does."""
+    low, high = 0, rows + 1
+    while high - low > 1:
+        middle = rows if high > rows else (low + high) // 2  # all of them, most often
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _sft(params: Params, settings: Any, amounts: Amounts) -> Iterator[Phase]:
@@ -154,11 +159,11 @@ def _sft(params: Params, settings: Any, amounts: Amounts) -> Iterator[Phase]:
         actor = _actor(settings)
         optimizer = adamw(actor.parameters(), params.sft.learning_rate)
         prompt = min(round(amounts.prompt), length - 1)
-        texts = SimpleNamespace(prompts=[[1] * prompt] * rows, responses=[[1] * (length - prompt)] * rows, pad_id=0)
+        batch = _batch(rows, prompt, length - prompt)
 
         def step() -> None:
-            total, count = Rows.negative_logprob(texts, actor, list(range(rows)), CPU)  # type: ignore[arg-type]
-            _update(actor, optimizer, total / count)
+            learn_rows(actor, batch)
+            _step(actor, optimizer)
 
         need = _second(meter, step)
     tokens = params.sft.epochs * amounts.sft_rows * (amounts.prompt + amounts.response)
@@ -172,8 +177,9 @@ def _reward(params: Params, settings: Any, amounts: Amounts) -> Iterator[Phase]:
         optimizer = adamw(scorer.parameters(), params.reward.learning_rate)
 
         def step() -> None:
-            scores = score_texts(scorer, [[1] * length] * 2 * rows, 0, CPU)
-            _update(scorer, optimizer, pairwise_loss(scores[:rows], scores[rows:]))
+            scores = score_texts(scorer, [[1] * length] * 2 * rows, CPU)
+            pairwise_loss(scores[:rows], scores[rows:]).backward()
+            _step(scorer, optimizer)
 
         need = _second(meter, step)
         tokens = params.reward.epochs * amounts.pair_rows * 2 * (amounts.prompt + amounts.response)
@@ -181,51 +187,74 @@ def _reward(params: Params, settings: Any, amounts: Amounts) -> Iterator[Phase]:
         actor, samples = _actor(settings), params.reward.statistics_samples
         drawn = _rollout(meter, actor, samples, params, amounts)
         text = min(amounts.longest, round(amounts.prompt) + params.generation.max_new_tokens)
-        scored = _forward(meter, lambda: score_texts(scorer, _texts(SCORING_BATCH_TOKENS, text), 0, CPU))
+        scored = _forward(meter, lambda: score_texts(scorer, _texts(SCORING_BATCH_TOKENS, text), CPU))
         tokens = samples * text
         yield Phase("reward", "statistics", drawn + scored.times(tokens / SCORING_BATCH_TOKENS), tokens)
 
 
 def _ppo(params: Params, settings: Any, amounts: Amounts, budget: int) -> Iterator[Phase]:
-    ppo, new = params.ppo, params.generation.max_new_tokens
-    prompt = max(1, round(amounts.prompt))
-    tokens = ppo.batch * (prompt + new)
+    ppo, width = params.ppo, max(1, round(amounts.prompt)) + params.generation.max_new_tokens
+    rows, tokens = max(1, min(ppo.batch, budget // width)), ppo.batch * width * ppo.iterations
     with without_data() as meter:
-        actor, ref, reward, critic = _actor(settings), _actor(settings), _scorer(settings), _scorer(settings)
-        learners = [(m, adamw(m.parameters(), 1e-4)) for m in (actor, critic)]
-        rows = max(1, min(ppo.batch, budget // (prompt + new)))
-        batch, part = _batch(rows, prompt, new), _experience(rows, new)
-        count = torch.ones(())
+        four = _FourModels(meter, params, settings, amounts)
+        yield Phase("ppo", "rollout", four.drawn().times(ppo.iterations), tokens)
+        yield Phase("ppo", "evaluation", four.judged(rows).times(ppo.iterations * ppo.batch / rows), tokens)
+        passes, need = ppo.iterations * ppo.epochs, Need()
+        learned = four.learned(rows)
+        for micro, whole in (learned[:2], learned[2:]):
+            need += micro.times(ppo.batch / rows * passes)
+            need += _difference(whole, micro).times(ppo.minibatches * passes)
+        yield Phase("ppo", "optimization", need, tokens * ppo.epochs)
+        largest = 2 * FLOAT * max(_weights(four.actor), _weights(four.critic))
+        yield Phase("ppo", "saving", Need(meter.held + largest), 0)
 
-        def gradients() -> None:
-            actor_gradient(actor, batch, part, ppo, 1.0, count)
-            critic_gradient(critic, batch, part, ppo, count)
 
-        def update() -> None:
-            gradients()
-            for model, optimizer in learners:
-                _clipped_step(model, optimizer, ppo.max_grad_norm)
+class _FourModels:
+    """PPO's models and optimizers, and what each of its phases needs."""
+
+    def __init__(self, meter: Meter, params: Params, settings: Any, amounts: Amounts) -> None:
+        self.meter, self.params, self.amounts = meter, params, amounts
+        self.actor, self.ref, self.reward, self.critic = (make(settings) for make in (_actor, _actor, _scorer, _scorer))
+        self.optimizers = [adamw(model.parameters(), 1e-4) for model in (self.actor, self.critic)]
+        self.learned(1)  # Adam has its moments from now on
+
+    def drawn(self) -> Need:
+        """An iteration's rollout."""
+        return _rollout(self.meter, self.actor, self.params.ppo.batch, self.params, self.amounts)
+
+    def judged(self, rows: int) -> Need:
+        """A micro-batch of the evaluation."""
+        batch = self._batch(rows)
 
         def judge() -> None:
-            policy_measures(actor, ref, batch, 1.0, ppo.kl.estimator)
-            response_values(critic, batch)
-            response_scores(reward, batch)
+            if self.params.ppo.kl.estimator == "full":
+                whole_kl(self.actor, self.ref, batch, 1.0)
+            policy_measures(self.ref, batch, 1.0)
+            response_values(self.critic, batch)
+            response_scores(self.reward, batch)
 
-        update()  # Adam has its moments from now on
-        drawn = _rollout(meter, actor, ppo.batch, params, amounts).times(ppo.iterations)
-        yield Phase("ppo", "rollout", drawn, tokens * ppo.iterations)
-        judged = _forward(meter, judge).times(ppo.iterations * ppo.batch / rows)
-        yield Phase("ppo", "evaluation", judged, tokens * ppo.iterations)
-        with meter.measure() as micro:
-            gradients()
-        with meter.measure() as whole:
-            update()
-        stepped = _difference(whole[0], micro[0]).times(ppo.minibatches)
-        passes = ppo.iterations * ppo.epochs
-        need = micro[0].times(ppo.batch / rows * passes) + stepped.times(passes)
-        yield Phase("ppo", "optimization", need, tokens * passes)
-        largest = max(2 * FLOAT * _weights(actor), 2 * FLOAT * _weights(critic))
-        yield Phase("ppo", "saving", Need(meter.held + largest), 0)
+        return _forward(self.meter, judge)
+
+    def learned(self, rows: int) -> list[Need]:
+        """A micro-batch of the optimization, and with the optimizer's step: of the Actor and of the Critic."""
+        batch, part = self._batch(rows), _experience(rows * self.params.generation.max_new_tokens)
+        count, ppo, found = torch.ones(()), self.params.ppo, []
+        learn = (
+            partial(actor_gradient, self.actor, batch, part, count, ppo=ppo, temperature=1.0),
+            partial(critic_gradient, self.critic, batch, part, count, ppo=ppo),
+        )
+        for model, optimizer, gradient in zip((self.actor, self.critic), self.optimizers, learn, strict=True):
+            with self.meter.measure() as micro:
+                gradient()
+            optimizer.zero_grad(set_to_none=True)
+            with self.meter.measure() as whole:
+                gradient()
+                _step(model, optimizer)
+            found += [micro[0], whole[0]]
+        return found
+
+    def _batch(self, rows: int) -> Batch:
+        return _batch(rows, max(1, round(self.amounts.prompt)), self.params.generation.max_new_tokens)
 
 
 def _evaluate(params: Params, settings: Any, amounts: Amounts) -> Iterator[Phase]:
@@ -236,34 +265,28 @@ def _evaluate(params: Params, settings: Any, amounts: Amounts) -> Iterator[Phase
         rows = min(questions, evaluation.ROLLOUT_ROWS)
         drawn = _rollout(meter, actor, rows, params, amounts).times(2 * questions / rows)
         texts = _texts(evaluation.BATCH_TOKENS, prompt + new)
-        scored = _forward(meter, lambda: score_texts(reward, texts, 0, CPU)).times(2 * questions / len(texts))
+        scored = _forward(meter, lambda: score_texts(reward, texts, CPU)).times(2 * questions / len(texts))
         batch = _batch(len(texts), prompt, new)
-        compared = _forward(meter, lambda: policy_measures(actor, sft, batch, 1.0, "k1")).times(questions / len(texts))
+        compared = _forward(meter, lambda: [policy_measures(m, batch, 1.0) for m in (actor, sft)])
+        compared = compared.times(questions / len(texts))
         yield Phase("evaluate", "both models", drawn + scored + compared, 2.0 * questions * (prompt + new))
 
 
 def _rollout(meter: Meter, actor: Any, rows: int, params: Params, amounts: Amounts) -> Need:
     """A batch of responses, none of which ends early: the prompts at once, then token by token."""
     prompt, new = max(1, round(amounts.prompt)), params.generation.max_new_tokens
-    sampling = Sampling.of(params.generation, (1,), 0)
+    sampling, head = Sampling.of(params.generation, (1,)), Head.of(actor)
 
-    def read(width: int, cache: DynamicCache) -> Tensor:
-        seen = cache.get_seq_length()
-        mask = torch.ones(rows, seen + width, dtype=torch.long)
-        return actor(
-            input_ids=torch.ones(rows, width, dtype=torch.long),
-            attention_mask=mask,
-            position_ids=position_ids(mask)[:, -width:],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+    def read(width: int, cache: Cache) -> Tensor:
+        start = cache.lengths[0] if cache.lengths else 0
+        line = Line(torch.ones(rows * width, dtype=torch.long), (width,) * rows, (start,) * rows)
+        return head.logits(hidden_states(actor, line, cache)[line.ends])
 
     def draw(logits: Tensor) -> None:
         sample(logits, torch.ones(rows, dtype=torch.double), sampling)
 
-    first = _forward(meter, lambda: draw(read(prompt, DynamicCache(config=actor.config))))
-    cache = DynamicCache(config=actor.config)
+    first = _forward(meter, lambda: draw(read(prompt, Cache(prompt + new))))
+    cache = Cache(prompt + new)
     with torch.no_grad():
         read(prompt + new - 1, cache)
     last = _forward(meter, lambda: draw(read(1, cache)))
@@ -284,16 +307,8 @@ def _second(meter: Meter, step: Callable[[], None]) -> Need:
     return found[0]
 
 
-def _update(model: Any, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    _clipped_step(model, optimizer, 1.0)
-
-
-def _clipped_step(model: Any, optimizer: torch.optim.Optimizer, norm: float) -> None:
-    torch.nn.utils.clip_grad_norm_(model.parameters(), norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+def _step(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    clipped_step(optimizer, torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]), 1.0)
 
 
 def _difference(one: Need, other: Need) -> Need:
@@ -311,13 +326,12 @@ def _texts(budget: int, length: int) -> list[list[int]]:
 
 
 def _batch(rows: int, prompt: int, new: int) -> Batch:
-    ids = torch.ones(rows, prompt + new, dtype=torch.long)
-    return Batch(ids, torch.ones_like(ids), ids[:, prompt:], torch.ones_like(ids)[:, prompt:])
+    return Batch.of([[1] * prompt] * rows, [[1] * new] * rows, CPU)
 
 
-def _experience(rows: int, new: int) -> Experience:
-    tokens = [torch.zeros(rows, new) for _ in range(8)]
-    return Experience(torch.ones(rows, new, dtype=torch.long), torch.zeros(rows), *tokens)
+def _experience(tokens: int) -> Experience:
+    floats = [torch.zeros(tokens) for _ in range(8)]
+    return Experience(torch.ones(tokens, dtype=torch.bool), torch.zeros(1), *floats)
 
 
 def _actor(settings: Any) -> Any:

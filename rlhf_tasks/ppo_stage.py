@@ -98,7 +98,7 @@ class Trainer:
             ref=freeze(load_actor(sft, device)),
             reward=freeze(load_scorer(reward, device)),
             prompts=TokenColumn(read_table(prompts / "train.arrow", ["input_ids"]), "input_ids"),
-            sampling=Sampling.of(generation, stop_ids(actor, tokenizer, generation.stop), tokenizer.pad_token_id),
+            sampling=Sampling.of(generation, stop_ids(actor, tokenizer, generation.stop)),
             score_statistics=load_score_statistics(reward),
             score_function=ScoreFunction(
                 load_reward_function(reward_function, tokenizer), reward_function.weight, reward_function.instead

@@ -9,14 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_tasks.data.batching import TokenRow, pad_rows
+from rlhf_tasks.data.batching import Line, TokenRow
 from rlhf_tasks.data.tables import TokenColumn, read_table
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.forward import hidden_states
 from rlhf_tasks.models import (
     SCORE_STATISTICS,
     load_actor,
@@ -25,11 +25,10 @@ from rlhf_tasks.models import (
     save_model,
     set_up_torch,
     stop_ids,
-    token_scores,
 )
 from rlhf_tasks.ppo.rollout import Sampling, sample_responses
 from rlhf_tasks.seeds import permutation
-from rlhf_tasks.training import BatchLoss, Progress, adamw, fit, length_batches
+from rlhf_tasks.training import Progress, adamw, fit, length_batches
 
 if TYPE_CHECKING:
     from rlhf_tasks import config
@@ -78,16 +77,17 @@ def run(
     tokenizer = load_tokenizer(sft)
     model = new_scorer(sft, tokenizer, seed, "reward", device)
     _check_room(model, prompts, generation)
-    train, heldout = (Pairs(pairs / f"{split}.arrow", tokenizer.pad_token_id) for split in ("train", "heldout"))
+    train, heldout = (Pairs(pairs / f"{split}.arrow") for split in ("train", "heldout"))
 
-    def loss_of(batch: list[int]) -> BatchLoss:
+    def learn(batch: list[int]) -> dict[str, float]:
         chosen, rejected = train.scores(model, batch, device)
         margin = train.margins[batch].to(device) * reward.margin_scale
         loss = pairwise_loss(chosen, rejected, margin, reward.center)
-        return BatchLoss(loss, {"accuracy": (chosen > rejected).float().mean().item()})
+        loss.backward()
+        return {"loss": loss.item(), "accuracy": (chosen > rejected).float().mean().item()}
 
     fit(
-        model, _optimizer(model, reward), loss_of, train.lengths, reward,
+        model, _optimizer(model, reward), learn, train.lengths, reward,
         seed_names=(seed, "reward"), partial=partial, progress=progress,
     )  # fmt: skip
     save_model(model, out / "checkpoint", tokenizer)
@@ -102,26 +102,24 @@ def run(
 class Pairs:
     """The encoded preference pairs of one split."""
 
-    def __init__(self, path: Path, pad_id: int) -> None:
+    def __init__(self, path: Path) -> None:
         table = read_table(path, ["input_ids_chosen", "input_ids_rejected", "margin"])
         self.chosen, self.rejected = (TokenColumn(table, f"input_ids_{side}") for side in ("chosen", "rejected"))
         self.margins = torch.from_numpy(table["margin"].to_numpy().copy()).float()
-        self.pad_id = pad_id
-        #: tokens of a row: both texts stand in one batch, each padded to the longer
-        self.lengths: list[int] = (2 * np.maximum(self.chosen.lengths(), self.rejected.lengths())).tolist()
+        #: tokens of a row, both its texts
+        self.lengths: list[int] = (self.chosen.lengths() + self.rejected.lengths()).tolist()
 
     def scores(self, model: Any, rows: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Scores of the rows' chosen and rejected texts, each `[N]`."""
         texts = [self.chosen[i] for i in rows] + [self.rejected[i] for i in rows]
-        both = score_texts(model, texts, self.pad_id, device)
+        both = score_texts(model, texts, device)
         return both[: len(rows)], both[len(rows) :]
 
 
-def score_texts(model: Any, texts: Sequence[TokenRow], pad_id: int, device: torch.device) -> Tensor:
-    """The Reward's score of encoded texts: the head's output at the last real token, `[N]`."""
-    ids, mask = (tensor.to(device) for tensor in pad_rows(texts, pad_id))
-    last = mask.sum(-1, keepdim=True) - 1
-    return token_scores(model, ids, mask).gather(1, last).squeeze(1)
+def score_texts(model: Any, texts: Sequence[TokenRow], device: torch.device) -> Tensor:
+    """The Reward's score of encoded texts: the head's output at each one's last token, `[N]`."""
+    line = Line.of(texts, device)
+    return model.score(hidden_states(model, line)[line.ends]).squeeze(-1)
 
 
 @torch.no_grad()
@@ -205,12 +203,12 @@ def score_statistics(
     column = TokenColumn(read_table(prompts / "train.arrow", ["input_ids"]), "input_ids")
     rows = permutation(len(column), seed, "reward", "statistics", "prompts")
     questions = [column[rows[i % len(rows)]] for i in range(samples)]
-    sampling = Sampling.of(generation, stop_ids(actor, tokenizer, generation.stop), tokenizer.pad_token_id)
-    answers = sample_responses(actor, questions, sampling, (seed, "reward", "statistics"))
+    sampling = Sampling.of(generation, stop_ids(actor, tokenizer, generation.stop))
+    answers = sample_responses(actor, questions, sampling, (seed, "reward", "statistics")).responses
     texts = [[*q, *a] for q, a in zip(questions, answers, strict=True)]
     scores = torch.zeros(samples)
     for batch in length_batches([len(t) for t in texts], SCORING_BATCH_TOKENS):
-        scores[batch] = score_texts(model, [texts[i] for i in batch], tokenizer.pad_token_id, device).cpu()
+        scores[batch] = score_texts(model, [texts[i] for i in batch], device).cpu()
     if not scores.std() > 0:
         raise UserError(
             f"the Reward scores all {samples} SFT samples alike ({scores.mean():.3g}): nothing for PPO to learn; "

@@ -12,7 +12,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,6 +31,7 @@ log = logging.getLogger(__name__)
 SAVE_EVERY_SECONDS = 30
 SAVING_SHARE = 0.05  # of the time, at most, once it is known what a save takes
 ADAM_EPS = 1e-5
+CLIP_EPS = 1e-6  # as in torch's clip_grad_norm_
 #: what reading a state raises that is not what was written
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, SafetensorError)
 BATCHES_A_WINDOW = 50
@@ -43,18 +43,10 @@ class Progress(Protocol):
     def __call__(self, *, done: int, total: int, **values: float) -> None: ...
 
 
-@dataclass(frozen=True)
-class BatchLoss:
-    """A batch's loss, to be minimised, and what to show of it."""
-
-    loss: Tensor
-    shown: dict[str, float]
-
-
 def fit(
     model: Any,
     optimizer: torch.optim.Optimizer,
-    loss_of: Callable[[list[int]], BatchLoss],
+    learn: Callable[[list[int]], dict[str, float]],
     lengths: Sequence[int],
     settings: config.Supervised,
     *,
@@ -65,7 +57,7 @@ def fit(
     """Train for `settings.epochs` passes over rows of the given lengths, going on from `partial` if it holds a state.
 
     Args:
-        loss_of: the loss of the rows with the given numbers.
+        learn: adds the gradient of the rows with the given numbers; returns what to show of them, `loss` first.
         lengths: tokens in each row.
         seed_names: what the data order's seeds are derived from.
         partial: where the state of unfinished training is kept; the caller deletes it when the result is safe.
@@ -82,15 +74,13 @@ def fit(
         for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = rate * warmup_and_decay(step, len(plan), settings.warmup_fraction)
         epoch, batch = plan[step]
-        result = loss_of(batch)
-        optimizer.zero_grad(set_to_none=True)
-        result.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        shown = learn(batch)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if not torch.isfinite(norm):
             raise UserError(f"training diverged at step {step + 1}: the gradient is {norm.item()}; lower learning_rate")
-        optimizer.step()
+        clipped_step(optimizer, norm, settings.max_grad_norm)
         step += 1
-        values = {"loss": result.loss.item(), **result.shown, "grad_norm": norm.item(), "epoch": epoch + 1}
+        values = {**shown, "grad_norm": norm.item(), "epoch": epoch + 1}
         progress(done=step, total=len(plan), **values, learning_rate=optimizer.param_groups[0]["lr"])
         now = time.monotonic()
         if step < len(plan) and now >= next_save(started, saved_at, saves):
@@ -119,9 +109,9 @@ def warmup_and_decay(step: int, total: int, warmup_fraction: float) -> float:
 
 
 def shuffled_batches(lengths: Sequence[int], budget: int, seed_names: tuple[str | int, ...]) -> list[list[int]]:
-    """Row numbers in batches of at most `budget` padded tokens, in an order that belongs to the seed.
+    """Row numbers in batches as `length_batches` makes them, in an order that belongs to the seed.
 
-    Rows of similar length meet within windows of the shuffled order: little padding, and still a random order.
+    Rows of similar length meet within windows of the shuffled order, so batches are full, and still in random order.
     """
     order = permutation(len(lengths), *seed_names)
     mean = sum(lengths) / max(1, len(lengths))
@@ -147,6 +137,17 @@ def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def adamw(groups: Iterable[Any], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW as PPO implementations use it: eps 1e-5 (Huang et al. 2024, detail 3.2)."""
     return torch.optim.AdamW(groups, lr=learning_rate, eps=ADAM_EPS, weight_decay=weight_decay, fused=True)
+
+
+def clipped_step(optimizer: torch.optim.Optimizer, norm: Tensor, most: float) -> None:
+    """A step with the gradient cut to a norm of `most`, after which there is none.
+
+    AdamW's fused step divides gradients by `grad_scale` as it reads them: clipping costs no pass of its own.
+    """
+    optimizer.grad_scale = ((norm + CLIP_EPS) / most).clamp(min=1).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.zero_grad(set_to_none=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "") -> dict[str, Tensor]:

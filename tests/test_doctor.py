@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_tasks import config, doctor
+from rlhf_tasks import config, doctor, forward
 from rlhf_tasks.config import load_params, parse_assignments, set_params
+from rlhf_tasks.data.batching import Line
 from rlhf_tasks.doctor import Finding, FirstBatch, examine, models, reward
+from rlhf_tasks.ppo.experience import response_scores
 from rlhf_tasks.workspace import Workspace
 
 FEW = {"evaluation"}  # the small project answers 16 prompts, which the doctor minds
@@ -106,7 +108,7 @@ def test_the_reward_is_asked_about_real_pairs(finished_copy: Workspace) -> None:
 
     before, weights = agreeing(), load_file(path)
     save_file(weights | {"score.weight": -weights["score.weight"]}, path, metadata={"format": "pt"})
-    pairs = reward.Pairs(finished_copy.root / "data/prepared/pairs/heldout.arrow", 0)
+    pairs = reward.Pairs(finished_copy.root / "data/prepared/pairs/heldout.arrow")
     assert before + agreeing() == len(pairs.lengths)
 
 
@@ -199,7 +201,7 @@ def test_numbers_that_are_none(first: FirstBatch) -> None:
     with torch.no_grad():
         for weight in first.actor.parameters():
             weight.fill_(torch.nan)
-    for look in (models.dropout, models.decoding, models.padding, models.order, models.first_step):
+    for look in (models.dropout, models.decoding, models.neighbours, models.order, models.first_step):
         assert look(Path(), first).ok is False
     assert "not finite" in models.dropout(Path(), first).text
 
@@ -254,18 +256,33 @@ def test_dropout_that_is_on(first: FirstBatch) -> None:
     assert not models.dropout(Path(), first).ok
 
 
-@pytest.mark.parametrize("check", ["decoding", "padding", "order", "first_step"])
+@pytest.mark.parametrize("check", ["decoding", "order", "first_step"])
 def test_an_actor_that_is_not_the_one_that_sampled(first: FirstBatch, check: str) -> None:
     assert getattr(models, check)(Path(), first).ok
     disturb(first.actor)
     assert not getattr(models, check)(Path(), first).ok
 
 
+def test_texts_that_see_their_neighbours(first: FirstBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert models.neighbours(Path(), first).ok
+    read = forward.hidden_states
+
+    def as_one_text(model: Any, line: Line) -> torch.Tensor:
+        return read(model, Line(line.ids, (sum(line.lengths),), (0,)))
+
+    monkeypatch.setattr(forward, "hidden_states", as_one_text)
+    assert not models.neighbours(Path(), first).ok
+
+
 def test_values_that_see_more_than_they_should(first: FirstBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All values of a text are read one place too late, also those of the experience."""
     assert models.value_and_action(Path(), first).ok
-    values = models.response_values
-    monkeypatch.setattr(models, "response_values", lambda critic, batch: values(critic, batch).roll(-1, 1))
-    assert not models.value_and_action(Path(), first).ok
+    late, critic = response_scores, first.trainer.state.critic.model
+    values = first.over(lambda batch: (late(critic, batch),), first.episodes, 4096)
+    monkeypatch.setattr(models, "response_values", late)
+    assert not models.value_and_action(
+        Path(), replace(first, experience=replace(first.experience, old_values=values))
+    ).ok
 
 
 def test_returns_that_know_of_the_critic(first: FirstBatch, monkeypatch: pytest.MonkeyPatch) -> None:

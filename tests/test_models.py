@@ -1,4 +1,4 @@
-"""Making and loading models, and the two forward passes: padding changes nothing in either."""
+"""Making, loading and saving models."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from rlhf_tasks import config
-from rlhf_tasks.data.batching import collate, pad_rows
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.first_actor import new_actor
 from rlhf_tasks.models import (
@@ -24,73 +22,13 @@ from rlhf_tasks.models import (
     load_sft_length,
     load_tokenizer,
     new_scorer,
-    position_ids,
-    response_logits,
     save_model,
     set_up_torch,
     stop_ids,
-    token_scores,
 )
 
 CPU = torch.device("cpu")
 SCRATCH = config.Scratch(vocab_size=300, hidden_size=32, intermediate_size=64, layers=2, heads=2)
-PROMPTS = [[9], [17, 40, 60, 21, 33], [25, 80]]
-RESPONSES = [[70, 31, 52, 1], [44, 1], [11, 12, 13]]
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-# Forward passes ------------------------------------------------------------------------------------------------------
-
-
-def test_positions_count_real_tokens() -> None:
-    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 1, 0]])
-    assert position_ids(mask).tolist() == [[0, 1, 2, 3], [0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 1]]
-
-
-@pytest.fixture(params=["tiny_actor", "absolute_actor"])
-def architecture(request: pytest.FixtureRequest) -> Path:
-    """A checkpoint with rotary positions, and one with learned ones."""
-    return request.getfixturevalue(request.param)
-
-
-@torch.no_grad()
-def test_response_logits_do_not_depend_on_the_rest_of_the_batch(architecture: Path) -> None:
-    """Row by row without padding against all rows padded on both sides, and against the model's own plain call."""
-    actor = load_actor(architecture, CPU)
-    batch = collate(PROMPTS, RESPONSES, 0, CPU)
-    together = response_logits(actor, batch.input_ids, batch.attention_mask, batch.tokens.shape[1])
-    assert together.shape == (3, 4, actor.config.vocab_size)
-    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
-        ids = torch.tensor([[*prompt, *response]])
-        alone = response_logits(actor, ids, torch.ones_like(ids), len(response))[0]
-        close(together[row, : len(response)], alone)
-        close(alone, actor(input_ids=ids).logits[0, len(prompt) - 1 : -1])
-    assert (together[0, 0] - together[1, 0]).abs().max() > 0.5  # the model is sharp enough for this to say something
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("left", [False, True])
-def test_token_scores_do_not_depend_on_padding(architecture: Path, tokenizer: Any, left: bool) -> None:
-    scorer = new_scorer(architecture, tokenizer, 0, "reward", CPU)
-    ids, mask = pad_rows(RESPONSES, 0, left=left)
-    together = token_scores(scorer, ids, mask)
-    assert together.shape == ids.shape
-    for row, tokens in enumerate(RESPONSES):
-        alone = torch.tensor([tokens])
-        close(together[row][mask[row].bool()], token_scores(scorer, alone, torch.ones_like(alone))[0])
-    assert together[mask.bool()].std() > 0.01
-
-
-@torch.no_grad()
-def test_the_last_token_score_is_what_the_class_itself_says(tiny_scorer: Path) -> None:
-    """So a Reward folder means the same to everybody who loads it with transformers."""
-    scorer = load_scorer(tiny_scorer, CPU)
-    ids, mask = pad_rows(RESPONSES, 0)
-    ours = token_scores(scorer, ids, mask).gather(1, mask.sum(1, keepdim=True) - 1)
-    close(ours, scorer(input_ids=ids, attention_mask=mask).logits)
 
 
 # Making models -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from flows.plan import say_plan
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.machine import GPUS, Machine, named_gpu, this_machine
 from rlhf_tasks.meter import Meter, Need, without_data
-from rlhf_tasks.plan import Amounts, _ppo, amounts_of, largest_micro_batch, phases, rows_that_fit, settings_of, sizes_of
+from rlhf_tasks.plan import Amounts, _ppo, amounts_of, largest_micro_batch, most_that_fit, phases, settings_of, sizes_of
 from rlhf_tasks.training import adamw
 from rlhf_tasks.workspace import Workspace
 
@@ -109,12 +109,17 @@ def test_the_largest_micro_batch_is_the_largest(sketch: Workspace) -> None:
     assert peak(largest + 2 * 25) > room
 
 
-@given(one=st.integers(1, 10**6), a_row=st.integers(0, 10**5), rows=st.integers(1, 100), room=st.integers(1, 10**7))
-def test_rows_fit_while_there_is_room(one: int, a_row: int, rows: int, room: int) -> None:
-    fit = rows_that_fit(one, one + a_row * (rows - 1), rows, room)
-    assert 0 <= fit <= rows
-    assert fit == 0 or one + a_row * (fit - 1) <= room
-    assert fit == rows or one + a_row * fit > room
+@given(rows=st.integers(1, 300), most=st.integers(0, 400))
+def test_the_most_that_fit_are_found(rows: int, most: int) -> None:
+    asked: list[int] = []
+
+    def fits(count: int) -> bool:
+        asked.append(count)
+        return count <= most
+
+    assert most_that_fit(rows, fits) == min(rows, most)
+    assert all(1 <= count <= rows for count in asked)
+    assert len(asked) <= 10
 
 
 @settings(deadline=None)

@@ -123,9 +123,9 @@ def pairs_file(folder: Path, rows: Sequence[tuple[list[int], list[int], float]])
 
 
 @torch.no_grad()
-def test_a_text_has_one_score_whatever_its_batch(tiny_scorer: Path) -> None:
+def test_a_text_has_one_score_whatever_stands_beside_it(tiny_scorer: Path) -> None:
     scorer = load_scorer(tiny_scorer, CPU)
-    together = score_texts(scorer, TEXTS, 0, CPU)
+    together = score_texts(scorer, TEXTS, CPU)
     alone = [scorer(input_ids=torch.tensor([text])).logits.item() for text in TEXTS]
     assert together.tolist() == pytest.approx(alone, abs=1e-4)
 
@@ -134,7 +134,7 @@ def test_held_out_pairs_are_told_as_they_are(tiny_scorer: Path, tmp_path: Path) 
     """Pairs whose outcome is known, because each is chosen by the model's own scores, or against them."""
     scorer = load_scorer(tiny_scorer, CPU)
     with torch.no_grad():
-        score = score_texts(scorer, TEXTS, 0, CPU).tolist()
+        score = score_texts(scorer, TEXTS, CPU).tolist()
     meetings = [(0, 1, 0.5), (1, 2, 1.0), (2, 3, 1.5), (3, 4, 3.9), (4, 5, 4.0), (5, 0, 7.0)]
     rows, right, longer = [], [], []
     for n, (i, j, margin) in enumerate(meetings):
@@ -142,7 +142,7 @@ def test_held_out_pairs_are_told_as_they_are(tiny_scorer: Path, tmp_path: Path) 
         rows.append((TEXTS[better], TEXTS[worse], margin))
         right.append(n % 3 != 0)
         longer.append(len(TEXTS[better]) - len(TEXTS[worse]))
-    metrics, by_gap = evaluate_pairs(scorer, Pairs(pairs_file(tmp_path, rows), 0), CPU)
+    metrics, by_gap = evaluate_pairs(scorer, Pairs(pairs_file(tmp_path, rows)), CPU)
     assert metrics["accuracy"] == pytest.approx(4 / 6)
     assert (metrics["accuracy_low"], metrics["accuracy_high"]) == pytest.approx(wilson_interval(4, 6))
     assert metrics["pairs"] == 6
@@ -159,7 +159,7 @@ def test_held_out_pairs_are_told_as_they_are(tiny_scorer: Path, tmp_path: Path) 
 def test_pairs_of_equal_lengths_say_nothing_of_length(tiny_scorer: Path, tmp_path: Path) -> None:
     """As where every answer was cut to data.max_response_tokens: no metric may become NaN, which no JSON holds."""
     path = pairs_file(tmp_path, [(TEXTS[0], TEXTS[3], 1.0), (TEXTS[2], TEXTS[4], 2.0)])
-    metrics, _ = evaluate_pairs(load_scorer(tiny_scorer, CPU), Pairs(path, 0), CPU)
+    metrics, _ = evaluate_pairs(load_scorer(tiny_scorer, CPU), Pairs(path), CPU)
     assert all(math.isfinite(value) for value in metrics.values())
     assert metrics["chosen_longer_share"] == 0
 
@@ -193,7 +193,7 @@ def test_the_stage_leaves_a_model_its_statistics_and_its_metrics(finished: Any, 
     assert {name: written[name] for name in metrics} == metrics
     assert sum(part["pairs"] for part in written["accuracy_by_gap"].values()) == metrics["pairs"]
     scores, _ = evaluate_pairs(
-        load_scorer(checkpoint, CPU), Pairs(finished.workspace.root / "data/prepared/pairs/heldout.arrow", 0), CPU
+        load_scorer(checkpoint, CPU), Pairs(finished.workspace.root / "data/prepared/pairs/heldout.arrow"), CPU
     )
     assert scores["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
 

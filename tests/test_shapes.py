@@ -9,24 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from shapes import SHAPES, make_tokenizer, write_shape
+from shapes import GROUPED, SHAPES, Shape, make_tokenizer, write_shape
 from torch import Tensor
+from transformers import BloomConfig, FalconConfig, GPTJConfig, Qwen2MoeConfig
 
 from rlhf_tasks import config
-from rlhf_tasks.data.batching import collate
+from rlhf_tasks.data.batching import Batch, Line
 from rlhf_tasks.data.tables import TokenColumn, read_table
 from rlhf_tasks.doctor import _OF_MODELS
 from rlhf_tasks.doctor.first_batch import FirstBatch
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.first_actor import new_actor
+from rlhf_tasks.forward import Cache, hidden_states, states_before
+from rlhf_tasks.head import Head
 from rlhf_tasks.models import (
     load_actor,
     load_scorer,
     load_tokenizer,
-    response_logits,
     save_model,
     stop_ids,
-    token_scores,
 )
 from rlhf_tasks.ppo.rollout import Sampling, sample, sample_responses, uniforms
 from rlhf_tasks.workspace import Workspace
@@ -66,7 +67,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def test_the_invariants_of_ppo_hold_on_the_first_batch(trained: Trained) -> None:
-    """Those that `rlhf doctor` looks at: ratio 1, KL 0, decoding, padding, order, micro-batches, where the score is."""
+    """Those of `rlhf doctor`: ratio 1, KL 0, decoding, neighbours, order, micro-batches, the place of the score."""
     batch = FirstBatch.load(trained.root, trained.params)
     found = [look(trained.root, batch) for name, look in _OF_MODELS.items() if name not in OF_DATA]
     assert len(found) > 12
@@ -75,33 +76,33 @@ def test_the_invariants_of_ppo_hold_on_the_first_batch(trained: Trained) -> None
 
 @torch.no_grad()
 def test_the_forward_passes_are_the_models_own(trained: Trained) -> None:
-    """Padded on both sides, with our positions, against the classes of transformers on a row alone, with theirs."""
+    """In a line of texts, with our attention, against the classes of transformers on a row alone, with theirs."""
     actor = load_actor(trained.root / "checkpoints/actor", CPU)
     critic = load_scorer(trained.root / "checkpoints/critic", CPU)
-    batch = collate(PROMPTS, RESPONSES, trained.tokenizer.pad_token_id, CPU)
-    logits = response_logits(actor, batch.input_ids, batch.attention_mask, batch.tokens.shape[1])
-    scores = token_scores(critic, batch.input_ids, batch.attention_mask)[:, batch.prompt_width :]
+    batch = Batch.of(PROMPTS, RESPONSES, CPU)
+    logits = Head.of(actor).logits(states_before(actor, batch)).split([len(response) for response in RESPONSES])
+    scores = critic.score(hidden_states(critic, batch.line)[batch.line.ends]).squeeze(-1)
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         ids = torch.tensor([[*prompt, *response]])
-        close(logits[row, : len(response)], actor(input_ids=ids).logits[0, len(prompt) - 1 : -1])
-        close(scores[row, len(response) - 1], critic(input_ids=ids).logits[0, 0])
-    assert logits.std() > 0.3
-    assert (logits[0, 0] - logits[1, 0]).abs().max() > 0.3, "the model is sharp enough for this to say something"
+        close(logits[row], actor(input_ids=ids).logits[0, len(prompt) - 1 : -1])
+        close(scores[row], critic(input_ids=ids).logits[0, 0])
+    assert torch.cat(logits).std() > 0.3
+    assert (logits[0][0] - logits[1][0]).abs().max() > 0.3, "the model is sharp enough for this to say something"
 
 
 def test_the_rollout_draws_what_the_model_alone_would(trained: Trained) -> None:
     """Token by token with a cache, beyond sliding windows, in a batch from which rows leave, against whole passes."""
     actor = load_actor(trained.root / "checkpoints/actor", CPU)
     stops = (*stop_ids(actor, trained.tokenizer, None), *range(3, 290, 4))
-    how = Sampling(10, 1.0, None, None, stops, trained.tokenizer.pad_token_id)
+    how = Sampling(10, 1.0, None, None, stops)
     draws = uniforms(len(PROMPTS), how.length, (0, "shapes"))
     expected: list[list[int]] = [[] for _ in PROMPTS]
     for prompt, response, row in zip(PROMPTS, expected, draws, strict=True):
         while len(response) < how.length and not set(response) & set(stops):
             with torch.no_grad():
                 logits = actor(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[:, -1]
-            response.append(int(sample(logits, row[len(response)][None], how)))
-    assert sample_responses(actor, PROMPTS, how, (0, "shapes")) == expected
+            response.append(int(sample(logits, row[len(response)][None], how).tokens))
+    assert sample_responses(actor, PROMPTS, how, (0, "shapes")).responses == expected
     assert len({len(response) for response in expected}) > 1
 
 
@@ -183,17 +184,75 @@ def test_a_pad_that_ends_responses_gives_way(tmp_path: Path) -> None:
     assert words.pad_token_id < SHAPES["qwen2"].spare + len(load_tokenizer(tmp_path)), "a row that was to spare"
 
 
-def test_a_model_that_padding_changes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# Models that our forward pass does not read as they read themselves ---------------------------------------------------
+
+
+def as_one_text(model: Any, line: Line, cache: Cache | None = None) -> Tensor:
+    """Every token sees all before it in the line, whichever text they belong to."""
+    return hidden_states(model, Line(line.ids, (sum(line.lengths),), (0,)) if cache is None else line, cache)
+
+
+def without_memory(model: Any, line: Line, cache: Cache | None = None) -> Tensor:
+    return hidden_states(model, line)
+
+
+@pytest.mark.parametrize(
+    ("reads", "what"), [(as_one_text, "reading several texts at once"), (without_memory, "decoding with a cache")]
+)
+def test_a_model_that_is_read_wrongly_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: Any, what: str
+) -> None:
     from rlhf_tasks import first_actor
 
     write_shape("gpt2", tmp_path / "base")
     words = load_tokenizer(tmp_path / "base")
     words.add_special_tokens({"pad_token": "<pad>"})
-
-    def without_positions(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-        ids = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return model(**ids, position_ids=torch.arange(input_ids.shape[1])[None]).logits[:, -length - 1 : -1]
-
-    monkeypatch.setattr(first_actor, "response_logits", without_positions)
-    with pytest.raises(UserError, match=r"base`: padding on the left changes what this model \(gpt2\) says"):
+    new_actor(config.Model(base=str(tmp_path / "base")), words, 0)
+    monkeypatch.setattr(first_actor, "hidden_states", reads)
+    with pytest.raises(UserError, match=rf"base`: {what} changes what this model \(gpt2\) says"):
         new_actor(config.Model(base=str(tmp_path / "base")), words, 0)
+
+
+OWN = "reading several texts at once changes what this model"
+WINDOWED = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "said"),
+    [
+        (BloomConfig, {"hidden_size": 32, "n_layer": 2, "n_head": 4}, OWN),
+        (GPTJConfig, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96, "rotary_dim": 4}, OWN),
+        (
+            FalconConfig,
+            {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+            "falcon models cannot be",
+        ),
+        (Qwen2MoeConfig, GROUPED | WINDOWED | EXPERTS, "attention without the sliding window of its config.json"),
+    ],
+)
+def test_a_model_with_an_attention_of_its_own_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, sizes: dict[str, Any], said: str
+) -> None:
+    """One that does not call what its configuration names, so that the texts of a line would see each other, or does
+    not tell it how far to look back."""
+    named = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
+    settings = sizes | {"initializer_range": 0.2}
+    monkeypatch.setitem(SHAPES, "other", Shape(kind, settings, ("<|endoftext|>", "<pad>"), named, tied=True))
+    write_shape("other", tmp_path / "base")
+    words = load_tokenizer(tmp_path / "base")
+    words.add_special_tokens({"pad_token": "<pad>"})
+    with pytest.raises(UserError, match=f"base`: {said}"):
+        new_actor(config.Model(base=str(tmp_path / "base")), words, 0)
+
+
+def test_a_model_whose_scores_come_near_their_cap_is_taken(tmp_path: Path) -> None:
+    """As Gemma 2's do; transformers' own default for it leaves the cap out, ours does not."""
+    base = tmp_path / "base"
+    model = write_shape("gemma2", base)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                projection.weight.mul_(8)
+    model.save_pretrained(base)
+    new_actor(config.Model(base=str(base)), load_tokenizer(base), 0)

@@ -26,7 +26,6 @@ from rlhf_tasks.training import (
     ADAM_EPS,
     SAVE_EVERY_SECONDS,
     SAVING_SHARE,
-    BatchLoss,
     adamw,
     fit,
     length_batches,
@@ -56,9 +55,11 @@ def work(partial: Path, *, kill_at: int | None = None) -> tuple[dict[str, Tensor
     optimizer = adamw([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.2}], 0.05)
     steps: Steps = []
 
-    def loss_of(rows: list[int]) -> BatchLoss:
+    def learn(rows: list[int]) -> dict[str, float]:
         error = model(torch.tensor(rows)).squeeze(1) - torch.tensor(rows) % 3
-        return BatchLoss(error.square().mean(), {"rows": float(len(rows))})
+        loss = error.square().mean()
+        loss.backward()
+        return {"loss": loss.item(), "rows": float(len(rows))}
 
     def progress(*, done: int, total: int, **values: float) -> None:
         steps.append((done, values))
@@ -66,7 +67,7 @@ def work(partial: Path, *, kill_at: int | None = None) -> tuple[dict[str, Tensor
             raise Kill
 
     with contextlib.suppress(Kill):
-        fit(model, optimizer, loss_of, LENGTHS, SETTINGS, seed_names=(0, "x"), partial=partial, progress=progress)
+        fit(model, optimizer, learn, LENGTHS, SETTINGS, seed_names=(0, "x"), partial=partial, progress=progress)
     return dict(model.named_parameters()) | optimizer_tensors(optimizer), steps
 
 
@@ -144,12 +145,13 @@ def test_a_kill_while_saving_leaves_the_state_before(
 def test_every_epoch_has_every_row_once_in_an_order_of_its_own(tmp_path: Path) -> None:
     model, rows = nn.Embedding(len(LENGTHS), 1), []
 
-    def loss_of(batch: list[int]) -> BatchLoss:
+    def learn(batch: list[int]) -> dict[str, float]:
         rows.extend(batch)
-        return BatchLoss(model(torch.tensor(batch)).sum(), {})
+        model(torch.tensor(batch)).sum().backward()
+        return {}
 
     optimizer = adamw(model.parameters(), 0.1)
-    fit(model, optimizer, loss_of, LENGTHS, SETTINGS, seed_names=(0,), partial=tmp_path, progress=lambda **values: None)
+    fit(model, optimizer, learn, LENGTHS, SETTINGS, seed_names=(0,), partial=tmp_path, progress=lambda **values: None)
     first, second = rows[: len(LENGTHS)], rows[len(LENGTHS) :]
     assert sorted(first) == sorted(second) == list(range(len(LENGTHS)))
     assert first != second
@@ -312,30 +314,54 @@ def test_a_gradient_that_is_not_finite_stops_training(tmp_path: Path) -> None:
     model = nn.Linear(1, 1)
     optimizer, losses = adamw(model.parameters(), 0.1), iter([1.0, torch.inf])
 
-    def loss_of(rows: list[int]) -> BatchLoss:
-        return BatchLoss(model(torch.full((1, 1), next(losses))).sum(), {})
+    def learn(rows: list[int]) -> dict[str, float]:
+        model(torch.full((1, 1), next(losses))).sum().backward()
+        return {}
 
     settings = config.Supervised(epochs=2)
     with pytest.raises(UserError, match=r"diverged at step 2: the gradient is .*; lower learning_rate"):
-        fit(model, optimizer, loss_of, [1], settings, seed_names=(0,), partial=tmp_path, progress=lambda **values: None)
+        fit(model, optimizer, learn, [1], settings, seed_names=(0,), partial=tmp_path, progress=lambda **values: None)
     assert torch.isfinite(model.weight).all()
 
 
 def test_the_gradient_is_clipped_and_its_norm_shown(tmp_path: Path) -> None:
     model = nn.Linear(1, 1, bias=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
     before, norms = model.weight.item(), []
 
-    def loss_of(rows: list[int]) -> BatchLoss:
-        return BatchLoss(100 * model.weight.sum(), {})
+    def learn(rows: list[int]) -> dict[str, float]:
+        (100 * model.weight.sum()).backward()
+        return {}
 
     def progress(*, done: int, total: int, **values: float) -> None:
         norms.append(values["grad_norm"])
 
     settings = config.Supervised(epochs=1, warmup_fraction=0.0, max_grad_norm=0.5)
-    fit(model, optimizer, loss_of, [1], settings, seed_names=(0,), partial=tmp_path, progress=progress)  # type: ignore[arg-type]
+    fit(model, optimizer, learn, [1], settings, seed_names=(0,), partial=tmp_path, progress=progress)  # type: ignore[arg-type]
     assert norms == [pytest.approx(100)]
     assert before - model.weight.item() == pytest.approx(0.5, abs=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_clipping_inside_the_step_is_clipping_before_it(decay: float) -> None:
+    """Against torch's clip_grad_norm_ and a step of AdamW that is not fused, with norms below the limit and above."""
+    ours, plain = (nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)) for _ in range(2))
+    plain.load_state_dict(ours.state_dict())
+    optimizer = adamw(ours.parameters(), 0.05, decay)
+    unfused = torch.optim.AdamW(plain.parameters(), lr=0.05, eps=ADAM_EPS, weight_decay=decay, fused=False)
+    x, clipped = torch.randn(16, 4, generator=torch.Generator().manual_seed(0)), set()
+    for step in range(8):
+        for model in (ours, plain):
+            (10 ** (step % 3) * (model(x) - x.sum(1, keepdim=True)).square().mean()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 4.0)
+        clipped.add(bool(norm > 4))
+        unfused.step()
+        unfused.zero_grad(set_to_none=True)
+        training.clipped_step(optimizer, norm, 4.0)
+        assert all(weight.grad is None for weight in ours.parameters())
+        for weight, expected in zip(ours.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+    assert clipped == {True, False}
 
 
 # Batches -------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""Rows of token ids as padded tensors: the one batch layout of SFT, PPO and evaluation."""
+"""Rows of token ids as tensors without padding: the one batch layout of SFT, reward, PPO and evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -15,39 +16,58 @@ TokenRow = Sequence[int] | npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Prompts padded on the left, responses on the right, so that every response starts in the same column.
+class Line:
+    """B texts end to end, N tokens together: what every forward pass reads.
 
     Attributes:
-        input_ids: prompt and response, `[B, P + T]`.
-        attention_mask: 1 on real tokens, `[B, P + T]`.
-        tokens: the response, `[B, T]`.
-        mask: 1 on the response's real tokens, `[B, T]`.
+        ids: the tokens, `[N]`.
+        lengths: tokens of each text, B of them.
+        starts: the position of each text's first token; above 0 where a text goes on that was begun before.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    tokens: Tensor
-    mask: Tensor
+    ids: Tensor
+    lengths: tuple[int, ...]
+    starts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, texts: Sequence[TokenRow], device: torch.device) -> Line:
+        """B whole texts."""
+        ids = np.concatenate([np.asarray(text, dtype=np.int64) for text in texts])
+        return cls(torch.from_numpy(ids).to(device), tuple(map(len, texts)), (0,) * len(texts))
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Where in its text each token is, `[N]`."""
+        places = [np.arange(start, start + length) for start, length in zip(self.starts, self.lengths, strict=True)]
+        return torch.from_numpy(np.concatenate(places)).to(self.ids.device)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Where in the line each text's last token is, `[B]`."""
+        return torch.from_numpy(np.cumsum(self.lengths) - 1).to(self.ids.device)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts, each with its response: B texts, n response tokens together.
+
+    Attributes:
+        line: all tokens.
+        places: where in the line the response tokens are, `[n]`. The state before each is one place to the left.
+    """
+
+    line: Line
+    places: Tensor
+
+    @classmethod
+    def of(cls, prompts: Sequence[TokenRow], responses: Sequence[TokenRow], device: torch.device) -> Batch:
+        """Join B prompts and B responses."""
+        texts = [np.concatenate([prompt, answer]) for prompt, answer in zip(prompts, responses, strict=True)]
+        ends = np.cumsum([len(text) for text in texts])
+        places = [np.arange(end - len(answer), end) for end, answer in zip(ends, responses, strict=True)]
+        return cls(Line.of(texts, device), torch.from_numpy(np.concatenate(places)).to(device))
 
     @property
-    def prompt_width(self) -> int:
-        return self.input_ids.shape[1] - self.tokens.shape[1]
-
-
-def collate(prompts: Sequence[TokenRow], responses: Sequence[TokenRow], pad_id: int, device: torch.device) -> Batch:
-    """Join B prompts and B responses into one batch."""
-    prompt_ids, prompt_mask = pad_rows(prompts, pad_id, left=True)
-    tokens, mask = pad_rows(responses, pad_id)
-    ids, attention = torch.cat([prompt_ids, tokens], dim=1), torch.cat([prompt_mask, mask], dim=1)
-    return Batch(ids.to(device), attention.to(device), tokens.to(device), mask.to(device))
-
-
-def pad_rows(rows: Sequence[TokenRow], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as `(input_ids [B, L], attention_mask [B, L])`, padded right or left."""
-    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-    places = np.arange(lengths.max(initial=0))
-    mask = places >= (places.size - lengths)[:, None] if left else places < lengths[:, None]
-    ids = np.full(mask.shape, pad_id, dtype=np.int64)
-    ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]) if len(rows) else []
-    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+    def tokens(self) -> Tensor:
+        """The response tokens, `[n]`."""
+        return self.line.ids[self.places]

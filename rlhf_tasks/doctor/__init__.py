@@ -36,7 +36,7 @@ _OF_MODELS: dict[str, Callable[[Path, FirstBatch], Finding]] = {
     "stop tokens": models.stop_tokens,
     "dropout": models.dropout,
     "rollout": models.decoding,
-    "padding": models.padding,
+    "neighbours": models.neighbours,
     "order": models.order,
     "reference": models.reference,
     "first step": models.first_step,

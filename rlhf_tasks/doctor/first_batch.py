@@ -11,9 +11,8 @@ from torch import Tensor
 
 from rlhf_tasks.config import Params
 from rlhf_tasks.data.batching import Batch
-from rlhf_tasks.models import load_tokenizer, response_logits
-from rlhf_tasks.ppo.experience import Episodes, Experience, per_token
-from rlhf_tasks.ppo.functional import response_logprobs
+from rlhf_tasks.models import load_tokenizer
+from rlhf_tasks.ppo.experience import Episodes, Experience, per_token, policy_measures
 from rlhf_tasks.ppo.iteration import evaluate, roll_out
 from rlhf_tasks.ppo_stage import Trainer
 
@@ -55,20 +54,14 @@ class FirstBatch:
         """The Actor's own, `[B, T]`, by forward passes over micro-batches of this size."""
 
         def measure(batch: Batch) -> tuple[Tensor, ...]:
-            logits = response_logits(self.actor, batch.input_ids, batch.attention_mask, batch.tokens.shape[1])
-            return (response_logprobs(logits, batch.tokens, self.params.generation.temperature),)
+            return policy_measures(self.actor, batch, self.params.generation.temperature)
 
         return self.over(measure, self.episodes, micro_batch_tokens)
 
     def over(self, measure: Callable[[Batch], tuple[Tensor, ...]], episodes: Episodes, tokens: int) -> Tensor:
-        """What `measure` gives for every response token, `[B, T]`."""
-        (result,) = per_token(measure, episodes, tokens, self.pad_id, self.experience.mask.device)
-        return result
+        """The first of what `measure` gives for every response token, `[B, T]`."""
+        return per_token(measure, episodes, tokens, self.experience.mask.device)[0]
 
     @property
     def actor(self) -> Any:
         return self.trainer.state.actor.model
-
-    @property
-    def pad_id(self) -> int:
-        return self.trainer.fixed.sampling.pad_id

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from rlhf_tasks.data.batching import pad_rows
 from rlhf_tasks.doctor.finding import Finding
 from rlhf_tasks.doctor.first_batch import FirstBatch
-from rlhf_tasks.models import position_ids
 from rlhf_tasks.ppo.experience import Episodes, response_values
-from rlhf_tasks.ppo.functional import actor_loss, gae, kl_per_token, masked_mean, response_logprobs
-from rlhf_tasks.ppo.optimization import gradients
+from rlhf_tasks.ppo.functional import actor_loss, gae, kl_per_token, masked_mean
+from rlhf_tasks.ppo.optimization import actor_gradient, critic_gradient, gradients
 
 #: how far float32 may be off: log-probabilities in nats, gradients relative to their norm
 LOGPROB_GAP, GRADIENT_GAP = 1e-4, 1e-3
@@ -52,41 +50,23 @@ def dropout(root: Path, batch: FirstBatch) -> Finding:
     return Finding("dropout", True, "off in all four models: two passes agree to the bit")
 
 
-@torch.no_grad()
 def decoding(root: Path, batch: FirstBatch) -> Finding:
     """Token by token with a cache, as in the rollout, against one forward pass, as in the update."""
-    prompts, responses = batch.episodes.prompts, batch.episodes.responses
-    device, temperature = batch.experience.mask.device, batch.params.generation.temperature
-    ids, mask = (tensor.to(device) for tensor in pad_rows(prompts, batch.pad_id, left=True))
-    tokens, counted = (tensor.to(device) for tensor in pad_rows(responses, batch.pad_id))
-    positions, cache, found = position_ids(mask), DynamicCache(config=batch.actor.config), []
-    for place in range(tokens.shape[1]):
-        logits = batch.actor(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        ids, positions = tokens[:, place : place + 1], positions[:, -1:] + 1
-        found.append(response_logprobs(logits, ids, temperature))
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    gap = _largest(torch.cat(found, dim=1) - batch.experience.old_logprobs, counted)
+    gap = _largest(batch.logprobs(4096) - batch.experience.old_logprobs, batch.experience.mask)
     return _within("rollout", gap, LOGPROB_GAP, "nats between decoding with a cache and one forward pass")
 
 
-def padding(root: Path, batch: FirstBatch) -> Finding:
-    """In a micro-batch of its own, an episode has no padding."""
-    gap = _largest(batch.logprobs(1) - batch.experience.old_logprobs, batch.experience.mask)
-    return _within("padding", gap, LOGPROB_GAP, "nats between an episode alone and in its batch")
+def neighbours(root: Path, batch: FirstBatch) -> Finding:
+    """An episode's numbers do not depend on those that it shares a line with."""
+    gap = _largest(batch.logprobs(1) - batch.logprobs(4096), batch.experience.mask)
+    return _within("neighbours", gap, LOGPROB_GAP, "nats between an episode alone and among others")
 
 
 def stop_tokens(root: Path, batch: FirstBatch) -> Finding:
     """Those of the tokenizer, of the model's generation settings and of params.yaml together."""
     stops = batch.trainer.fixed.sampling.stop_ids
-    if batch.pad_id in stops:
-        text = f"pad, {batch.pad_id}, is among the tokens that end a response, {list(stops)}"
+    if batch.tokenizer.pad_token_id in stops:
+        text = f"pad, {batch.tokenizer.pad_token_id}, is among the tokens that end a response, {list(stops)}"
         return Finding("stop tokens", False, f"{text}: mend eos_token_id in the base model's generation_config.json")
     return Finding("stop tokens", True, f"{', '.join(repr(batch.tokenizer.decode(i)) for i in stops)} end a response")
 
@@ -169,9 +149,12 @@ def micro_batches(root: Path, batch: FirstBatch) -> Finding:
 
 def _gradients(batch: FirstBatch, micro_batch_tokens: int) -> Tensor:
     state, params = batch.trainer.state, batch.params
-    ppo = params.ppo.model_copy(update={"micro_batch_tokens": micro_batch_tokens})
     rows, temperature = list(range(len(batch.episodes.responses))), params.generation.temperature
-    gradients(rows, batch.episodes, batch.experience, state.actor, state.critic, ppo, temperature, True, batch.pad_id)
+    for learn in (
+        partial(actor_gradient, state.actor.model, ppo=params.ppo, temperature=temperature),
+        partial(critic_gradient, state.critic.model, ppo=params.ppo),
+    ):
+        gradients(rows, batch.episodes, batch.experience, micro_batch_tokens, learn)
     learners = (state.actor, state.critic)
     found = torch.cat([p.grad.flatten() for m in learners for p in m.model.parameters() if p.grad is not None])
     for learner in learners:

@@ -9,8 +9,8 @@ import torch
 
 from rlhf_tasks.doctor.finding import Finding
 from rlhf_tasks.doctor.first_batch import EPISODES, FirstBatch
-from rlhf_tasks.models import load_score_statistics, load_sft_length, token_scores
-from rlhf_tasks.reward import Pairs, wilson_interval
+from rlhf_tasks.models import load_score_statistics, load_sft_length
+from rlhf_tasks.reward import Pairs, score_texts, wilson_interval
 from rlhf_tasks.reward_function import load_reward_function
 from rlhf_tasks.seeds import permutation
 
@@ -22,7 +22,7 @@ MEAN_GAP, SPREAD_GAP = 8.0, 5.0  # standard errors, and times, between the stati
 @torch.no_grad()
 def sign(root: Path, batch: FirstBatch) -> Finding:
     """Known pairs: what people chose has to score higher, more often than chance would have it."""
-    pairs = Pairs(root / "data/prepared/pairs/heldout.arrow", batch.pad_id)
+    pairs = Pairs(root / "data/prepared/pairs/heldout.arrow")
     rows = permutation(len(pairs.lengths), batch.params.seed, "doctor", "pairs")[:PAIRS]
     right, ties, strange = 0, 0, 0
     for start in range(0, len(rows), EPISODES):
@@ -52,12 +52,11 @@ def place(root: Path, batch: FirstBatch) -> Finding:
     reward, episodes, device = batch.trainer.fixed.reward, batch.episodes, batch.raw_scores.device
     gap = 0.0
     for row, (prompt, response) in enumerate(zip(episodes.prompts, episodes.responses, strict=True)):
-        ids = torch.tensor([[*prompt, *response]], device=device)
-        alone = token_scores(reward, ids, torch.ones_like(ids))[0, -1]
+        alone = score_texts(reward, [[*prompt, *response]], device)[0]
         gap = max(gap, (alone - batch.raw_scores[row]).abs().item() / max(1.0, alone.abs().item()))
     if not gap <= SCORE_GAP:
         text = f"an answer's score differs by {gap:.1e} between its batch and alone, expected at most {SCORE_GAP:.0e}"
-        return Finding("reward place", False, f"{text}: padding or the place of the last token changes it")
+        return Finding("reward place", False, f"{text}: its neighbours or the place of the last token change it")
     return Finding("reward place", True, f"{gap:.1e} between an answer's score in its batch and alone")
 
 

@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rlhf_tasks.data.batching import Batch, collate
-from rlhf_tasks.models import response_logits, token_scores
-from rlhf_tasks.ppo.functional import (
-    assemble_rewards,
-    entropy,
-    gae,
-    kl_full,
-    kl_per_token,
-    masked_whiten,
-    response_logprobs,
-)
+from rlhf_tasks.data.batching import Batch
+from rlhf_tasks.forward import hidden_states, states_before
+from rlhf_tasks.head import Head, measures
+from rlhf_tasks.ppo.functional import assemble_rewards, gae, kl_full, kl_per_token, masked_whiten
+from rlhf_tasks.ppo.rollout import Rollout
 from rlhf_tasks.training import length_batches
 
 if TYPE_CHECKING:
@@ -29,20 +24,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Episodes:
-    """What a rollout leaves: B prompts, B responses, and whether each response ended by itself."""
+    """What a rollout leaves: B prompts, B responses, and whether each response ended by itself.
+
+    `drawn` are the log-probabilities and entropies of its tokens, if they are still known.
+    """
 
     prompts: list[list[int]]
     responses: list[list[int]]
     ended: list[bool]
+    drawn: Rollout | None = None
 
     @cached_property  # asked for once a row
     def lengths(self) -> list[int]:
         """Tokens of prompt and response together, B of them."""
         return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
 
-    def batch(self, rows: Sequence[int], pad_id: int, device: torch.device) -> Batch:
-        """Some episodes as padded tensors."""
-        return collate([self.prompts[i] for i in rows], [self.responses[i] for i in rows], pad_id, device)
+    def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
+        """Some episodes as tensors."""
+        return Batch.of([self.prompts[i] for i in rows], [self.responses[i] for i in rows], device)
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,11 @@ class Experience:
     advantages: Tensor
     returns: Tensor
 
-    def rows(self, rows: Sequence[int], width: int) -> Experience:
-        """Some episodes of it, cut to their own width: tensors `[b, t]`."""
+    def tokens(self, rows: Sequence[int]) -> Experience:
+        """Some episodes' response tokens, in the order of a `Batch` of them: tensors `[n]`; `scores` stay `[b]`."""
+        counted = self.mask[rows].bool()
         cut = {f.name: getattr(self, f.name)[rows] for f in fields(self)}
-        return Experience(**{name: x if x.dim() == 1 else x[:, :width] for name, x in cut.items()})
+        return Experience(**{name: x if x.dim() == 1 else x[counted] for name, x in cut.items()})
 
 
 @dataclass(frozen=True)
@@ -100,18 +100,22 @@ def make_experience(
     ppo: config.PPO,
     temperature: float,
     score_statistics: tuple[float, float],
-    pad_id: int,
     cut_price: float | None = None,
     score_function: ScoreFunction = ScoreFunction(),
 ) -> tuple[Experience, Tensor]:
     """Turn episodes into experience. Returns it and the Reward's raw scores `[B]`."""
 
     def over(measure: Callable[[Batch], tuple[Tensor, ...]]) -> list[Tensor]:
-        return per_token(measure, episodes, ppo.micro_batch_tokens, pad_id, next(actor.parameters()).device)
+        return per_token(measure, episodes, ppo.micro_batch_tokens, next(actor.parameters()).device)
 
-    old_logprobs, ref_logprobs, entropies, kl = over(
-        lambda batch: policy_measures(actor, ref, batch, temperature, ppo.kl.estimator)
+    old_logprobs, entropies = drawn_measures(episodes, actor) or over(
+        lambda batch: policy_measures(actor, batch, temperature)
     )
+    ref_logprobs, _ = over(lambda batch: policy_measures(ref, batch, temperature))
+    if ppo.kl.estimator == "full":
+        (kl,) = over(lambda batch: (whole_kl(actor, ref, batch, temperature),))
+    else:
+        kl = kl_per_token(old_logprobs, ref_logprobs, ppo.kl.estimator)
     (old_values,) = over(lambda batch: (response_values(critic, batch),))
     (token_score,) = over(lambda batch: (response_scores(reward, batch),))
     mask = response_masks(episodes).to(old_logprobs.device)
@@ -154,54 +158,57 @@ def shape_scores(
 
 @torch.no_grad()
 def per_token(
-    measure: Callable[[Batch], tuple[Tensor, ...]],
-    episodes: Episodes,
-    micro_batch_tokens: int,
-    pad_id: int,
-    device: torch.device,
+    measure: Callable[[Batch], tuple[Tensor, ...]], episodes: Episodes, micro_batch_tokens: int, device: torch.device
 ) -> list[Tensor]:
-    """Run `measure` over micro-batches of similar length; its results `[b, t]` are put together as `[B, T]`."""
-    shape = (len(episodes.responses), max(len(response) for response in episodes.responses))
+    """Run `measure` over micro-batches of similar length; its results `[n]` are put together as `[B, T]`."""
+    mask = response_masks(episodes).to(device)
     whole: list[Tensor] = []
     for rows in length_batches(episodes.lengths, micro_batch_tokens):
-        batch = episodes.batch(rows, pad_id, device)
-        parts = measure(batch)
-        whole = whole or [part.new_zeros(shape) for part in parts]
+        parts = measure(episodes.batch(rows, device))
+        whole = whole or [part.new_zeros(mask.shape) for part in parts]
         for target, part in zip(whole, parts, strict=True):
-            target[rows, : part.shape[1]] = part * batch.mask
+            target[rows] = target[rows].masked_scatter(mask[rows], part)
     return whole
 
 
-def policy_measures(
-    actor: Any, ref: Any, batch: Batch, temperature: float, estimator: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs of the response's tokens by Actor and Ref, the Actor's entropy, their KL: four times `[b, t]`."""
-    logits, ref_logits = _logits(actor, batch), _logits(ref, batch)
-    old = response_logprobs(logits, batch.tokens, temperature)
-    anchor = response_logprobs(ref_logits, batch.tokens, temperature)
-    if estimator == "full":
-        kl = kl_full(logits / temperature, ref_logits / temperature)
-    else:
-        kl = kl_per_token(old, anchor, estimator)
-    return old, anchor, entropy(logits, temperature), kl
+def drawn_measures(episodes: Episodes, actor: Any) -> tuple[Tensor, Tensor] | None:
+    """The Actor's log-probabilities and entropies from when it drew the tokens, `[B, T]` both, if they are known."""
+    if episodes.drawn is None:
+        return None
+    weight, mask = next(actor.parameters()), response_masks(episodes)
+    like = torch.zeros(mask.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+    logprobs, entropies = (
+        like.masked_scatter(mask, torch.tensor(list(chain.from_iterable(rows)), dtype=like.dtype)).to(weight.device)
+        for rows in (episodes.drawn.logprobs, episodes.drawn.entropies)
+    )
+    return logprobs, entropies
+
+
+def policy_measures(policy: Any, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the response tokens by an Actor or Ref, and its entropies there: two times `[n]`."""
+    return measures(Head.of(policy), states_before(policy, batch), batch.tokens, temperature)
+
+
+def whole_kl(actor: Any, ref: Any, batch: Batch, temperature: float) -> Tensor:
+    """KL(Actor ‖ Ref) of the whole distributions that the response tokens are drawn from, `[n]`."""
+    sides = [(Head.of(policy), states_before(policy, batch)) for policy in (actor, ref)]
+    pieces = sides[0][0].pieces(len(batch.tokens))
+    return torch.cat(
+        [kl_full(*(head.logits(states[piece]) / temperature for head, states in sides)) for piece in pieces]
+    )
 
 
 def response_masks(episodes: Episodes) -> Tensor:
-    """1 on every response's tokens up to and including its EOS or stop token, `[B, T]`."""
+    """True on every response's tokens up to and including its EOS or stop token, `[B, T]`."""
     lengths = torch.tensor([len(response) for response in episodes.responses])
-    return (torch.arange(int(lengths.max()))[None, :] < lengths[:, None]).long()
+    return torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
 
 
 def response_values(critic: Any, batch: Batch) -> Tensor:
-    """V_t for every response token: the Critic at the place that predicts it, the state before the action. `[b, t]`."""
-    start = batch.prompt_width - 1
-    return token_scores(critic, batch.input_ids, batch.attention_mask)[:, start : start + batch.tokens.shape[1]]
+    """V_t for every response token: the Critic's output before it, `[n]`."""
+    return critic.score(states_before(critic, batch)).squeeze(-1)
 
 
 def response_scores(reward: Any, batch: Batch) -> Tensor:
-    """The Reward's output at every response token itself, `[b, t]`; the score is the one at the last."""
-    return token_scores(reward, batch.input_ids, batch.attention_mask)[:, batch.prompt_width :]
-
-
-def _logits(model: Any, batch: Batch) -> Tensor:
-    return response_logits(model, batch.input_ids, batch.attention_mask, batch.tokens.shape[1])
+    """The Reward's output at every response token itself, `[n]`; the score is the one at the last."""
+    return reward.score(hidden_states(reward, batch.line)[batch.places]).squeeze(-1)

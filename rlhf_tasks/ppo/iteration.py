@@ -79,7 +79,6 @@ def iterate(state: PPOState, fixed: Fixed, ppo: config.PPO, seed: int) -> tuple[
         ppo=ppo,
         temperature=fixed.sampling.temperature,
         update_actor=iteration > ppo.critic_warmup,
-        pad_id=fixed.sampling.pad_id,
         seed_names=(seed, "ppo", iteration),
     )
     clock.lap("optimization")
@@ -101,8 +100,8 @@ def roll_out(state: PPOState, fixed: Fixed, batch: int, seed: int) -> Episodes:
     """Phase 1, rollout: the next iteration's first `batch` prompts, and the Actor's answer to each."""
     iteration = state.iteration + 1
     prompts = pick_prompts(fixed.prompts, batch, seed, iteration)
-    responses = sample_responses(state.actor.model, prompts, fixed.sampling, (seed, "ppo", iteration, "sampling"))
-    return Episodes(prompts, responses, ended(responses, fixed.sampling.stop_ids))
+    drawn = sample_responses(state.actor.model, prompts, fixed.sampling, (seed, "ppo", iteration, "sampling"))
+    return Episodes(prompts, drawn.responses, ended(drawn.responses, fixed.sampling.stop_ids), drawn)
 
 
 def evaluate(state: PPOState, fixed: Fixed, ppo: config.PPO, episodes: Episodes) -> tuple[Experience, Tensor]:
@@ -119,7 +118,6 @@ def evaluate(state: PPOState, fixed: Fixed, ppo: config.PPO, episodes: Episodes)
         score_statistics=fixed.score_statistics,
         score_function=fixed.score_function,
         cut_price=state.length_control.price if state.length_control else None,
-        pad_id=fixed.sampling.pad_id,
     )
 
 

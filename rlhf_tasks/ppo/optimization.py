@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +13,13 @@ from torch import Tensor
 
 from rlhf_tasks.data.batching import Batch
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.models import response_logits
+from rlhf_tasks.forward import states_before
+from rlhf_tasks.head import Head
+from rlhf_tasks.head import learn as learn_tokens
 from rlhf_tasks.ppo.experience import Episodes, Experience, response_values
-from rlhf_tasks.ppo.functional import actor_loss, critic_loss, entropy, response_logprobs
+from rlhf_tasks.ppo.functional import actor_loss, critic_loss
 from rlhf_tasks.seeds import permutation
-from rlhf_tasks.training import length_batches
+from rlhf_tasks.training import clipped_step, length_batches
 
 if TYPE_CHECKING:
     from rlhf_tasks import config
@@ -34,14 +38,13 @@ class Learner:
         Raises:
             UserError: the gradient is not finite; no step is taken, so the state before the iteration stays whole.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         if not torch.isfinite(norm):
             raise UserError(
                 f"PPO diverged: the gradient of {type(self.model).__name__} is {norm.item()}; "
                 "lower ppo.actor_learning_rate and ppo.critic_learning_rate, or raise ppo.kl.coef"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        clipped_step(self.optimizer, norm, max_grad_norm)
         return norm.item()
 
 
@@ -54,7 +57,6 @@ def optimize(
     ppo: config.PPO,
     temperature: float,
     update_actor: bool,
-    pad_id: int,
     seed_names: tuple[str | int, ...],
 ) -> dict[str, float]:
     """Update Critic and (unless it is the Critic's warm-up) Actor in place.
@@ -68,9 +70,13 @@ def optimize(
         order = permutation(len(episodes.responses), *seed_names, "minibatches", epoch)
         approx_kl, epoch_tokens = 0.0, 0.0
         for rows in (order[i :: ppo.minibatches] for i in range(ppo.minibatches)):
-            measured = gradients(rows, episodes, experience, actor, critic, ppo, temperature, update_actor, pad_id)
+            measured: dict[str, float] = {}
             if update_actor:
-                measured["policy/grad_norm"] = actor.step(ppo.max_grad_norm)
+                learn = partial(actor_gradient, actor.model, ppo=ppo, temperature=temperature)
+                measured |= gradients(rows, episodes, experience, ppo.micro_batch_tokens, learn)
+                measured["policy/grad_norm"] = actor.step(ppo.max_grad_norm)  # one model's gradients at a time
+            learn = partial(critic_gradient, critic.model, ppo=ppo)
+            measured |= gradients(rows, episodes, experience, ppo.micro_batch_tokens, learn)
             measured["value/grad_norm"] = critic.step(ppo.max_grad_norm)
             weight = experience.mask[rows].sum().item()
             add_to(totals, {name: value * weight for name, value in measured.items()})
@@ -86,52 +92,49 @@ def gradients(
     rows: list[int],
     episodes: Episodes,
     experience: Experience,
-    actor: Learner,
-    critic: Learner,
-    ppo: config.PPO,
-    temperature: float,
-    update_actor: bool,
-    pad_id: int,
+    micro_batch_tokens: int,
+    learn: Callable[[Batch, Experience, Tensor], dict[str, float]],
 ) -> dict[str, float]:
-    """Add a minibatch's gradients to both models', micro-batch by micro-batch. Returns its statistics.
+    """Add a minibatch's gradient to a model's, micro-batch by micro-batch. Returns its statistics.
 
     Losses are divided by the *minibatch's* tokens, so how it is cut changes no gradient.
+
+    Args:
+        learn: `actor_gradient` or `critic_gradient`, of a model.
     """
     measured: dict[str, float] = defaultdict(float)
     count = experience.mask[rows].sum()
-    for micro in length_batches([episodes.lengths[row] for row in rows], ppo.micro_batch_tokens):
+    for micro in length_batches([episodes.lengths[row] for row in rows], micro_batch_tokens):
         picked = [rows[i] for i in micro]
-        batch = episodes.batch(picked, pad_id, experience.mask.device)
-        part = experience.rows(picked, batch.tokens.shape[1])
-        if update_actor:
-            add_to(measured, actor_gradient(actor.model, batch, part, ppo, temperature, count))
-        add_to(measured, critic_gradient(critic.model, batch, part, ppo, count))
+        batch = episodes.batch(picked, experience.mask.device)
+        add_to(measured, learn(batch, experience.tokens(picked), count))
     return dict(measured)
 
 
 def actor_gradient(
-    actor: Any, batch: Batch, part: Experience, ppo: config.PPO, temperature: float, count: Tensor
+    actor: Any, batch: Batch, part: Experience, count: Tensor, *, ppo: config.PPO, temperature: float
 ) -> dict[str, float]:
     """Add a micro-batch's gradient to the Actor's; `count` is the minibatch's tokens. Returns statistics."""
-    logits = response_logits(actor, batch.input_ids, batch.attention_mask, batch.tokens.shape[1])
-    logprobs = response_logprobs(logits, batch.tokens, temperature)
-    result = actor_loss(
-        logprobs, part.old_logprobs, part.advantages, part.mask, ppo.clip, count=count, dual_clip=ppo.dual_clip
-    )
-    loss = result.loss
-    if ppo.entropy_coef:
-        bonus = torch.where(part.mask.bool(), entropy(logits, temperature), 0.0).sum() / count
-        loss = loss - ppo.entropy_coef * bonus
-    loss.backward()
-    return {
-        "policy/loss": result.loss.item(),
-        "policy/clip_fraction": result.clip_fraction.item(),
-        "policy/approx_kl": result.approx_kl.item(),
-        "policy/ratio_mean": result.ratio_mean.item(),
-    }
+    measured = defaultdict[str, float](float)
+
+    def loss_of(piece: slice, logprobs: Tensor, entropies: Tensor) -> Tensor:
+        old, advantages, mask = (x[piece] for x in (part.old_logprobs, part.advantages, part.mask))
+        result = actor_loss(logprobs, old, advantages, mask, ppo.clip, count=count, dual_clip=ppo.dual_clip)
+        found = {
+            "policy/loss": result.loss.item(),
+            "policy/clip_fraction": result.clip_fraction.item(),
+            "policy/approx_kl": result.approx_kl.item(),
+            "policy/ratio_mean": result.ratio_mean.item(),
+        }
+        add_to(measured, found)
+        return result.loss - ppo.entropy_coef * entropies.sum() / count if ppo.entropy_coef else result.loss
+
+    states = states_before(actor, batch)
+    learn_tokens(Head.of(actor), states, batch.tokens, temperature, loss_of, with_entropy=bool(ppo.entropy_coef))
+    return dict(measured)
 
 
-def critic_gradient(critic: Any, batch: Batch, part: Experience, ppo: config.PPO, count: Tensor) -> dict[str, float]:
+def critic_gradient(critic: Any, batch: Batch, part: Experience, count: Tensor, *, ppo: config.PPO) -> dict[str, float]:
     """The same for the Critic."""
     values = response_values(critic, batch)
     result = critic_loss(values, part.old_values, part.returns, part.mask, ppo.value_clip, count=count)

@@ -10,19 +10,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from rlhf_tasks.data.batching import TokenRow, pad_rows
-from rlhf_tasks.models import position_ids
+from rlhf_tasks.data.batching import Line, TokenRow
+from rlhf_tasks.forward import Cache, hidden_states
+from rlhf_tasks.head import LEAST, Head
 from rlhf_tasks.seeds import derive_seed
 
 if TYPE_CHECKING:
     from rlhf_tasks import config
+
+
+BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -34,66 +37,109 @@ class Sampling:
     top_k: int | None
     top_p: float | None
     stop_ids: tuple[int, ...]
-    pad_id: int
 
     @classmethod
-    def of(cls, generation: config.Generation, stop_ids: Sequence[int], pad_id: int) -> Sampling:
+    def of(cls, generation: config.Generation, stop_ids: Sequence[int]) -> Sampling:
         g = generation
-        return cls(g.max_new_tokens, g.temperature, g.top_k, g.top_p, tuple(stop_ids), pad_id)
+        return cls(g.max_new_tokens, g.temperature, g.top_k, g.top_p, tuple(stop_ids))
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B responses, up to and including their first EOS or stop token.
+
+    Attributes:
+        responses: B token lists.
+        logprobs, entropies: of each token and of the distribution that it was drawn from, before top-k and top-p,
+            at `temperature`; B lists.
+    """
+
+    responses: list[list[int]]
+    logprobs: list[list[float]]
+    entropies: list[list[float]]
 
 
 @torch.no_grad()
 def sample_responses(
     actor: Any, prompts: Sequence[TokenRow], sampling: Sampling, seed_names: tuple[str | int, ...]
-) -> list[list[int]]:
-    """One response to each prompt, up to and including its first EOS or stop token. B prompts -> B token lists.
+) -> Rollout:
+    """One response to each of B prompts.
 
     Args:
         seed_names: what the draws' seeds are derived from; row i of the prompts is episode i.
     """
-    device = next(actor.parameters()).device
-    draws = uniforms(len(prompts), sampling.length, seed_names)
-    stops = torch.tensor(sampling.stop_ids, device=device)
-    input_ids, mask = (tensor.to(device) for tensor in pad_rows(prompts, sampling.pad_id, left=True))
-    positions = position_ids(mask)
-    responses: list[list[int]] = [[] for _ in prompts]
-    rows = torch.arange(len(prompts))
-    cache = DynamicCache(config=actor.config)
+    device, head = next(actor.parameters()).device, Head.of(actor)
+    draws = uniforms(len(prompts), sampling.length, seed_names).to(device)
+    stops = set(sampling.stop_ids)
+    found = Rollout([[] for _ in prompts], [[] for _ in prompts], [[] for _ in prompts])
+    rows, cache = list(range(len(prompts))), Cache(max(map(len, prompts)) + sampling.length)
+    line = Line.of(prompts, device)
     for place in range(sampling.length):
-        logits = actor(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        tokens = sample(logits, draws[rows, place].to(device), sampling)
-        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
-            responses[row].append(token)
-        going_on = ~torch.isin(tokens, stops)
-        if not going_on.any():
+        states = hidden_states(actor, line, cache)[line.ends]
+        drawn = sample(head.logits(states), draws[rows, place], sampling)
+        for row, token, logprob, entropy in zip(rows, *(x.tolist() for x in drawn), strict=True):
+            found.responses[row].append(token)
+            found.logprobs[row].append(logprob)
+            found.entropies[row].append(entropy)
+        tokens, going_on = drawn.tokens, [i for i, row in enumerate(rows) if found.responses[row][-1] not in stops]
+        if not going_on:
             break
-        if not going_on.all():  # finished rows leave the batch
-            keep = going_on.nonzero().squeeze(1)
-            tokens, mask, positions, rows = tokens[keep], mask[keep], positions[keep], rows[keep.cpu()]
-            cache.batch_select_indices(keep)
-        input_ids, positions = tokens.unsqueeze(1), positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return responses
+        if len(going_on) < len(rows):  # finished rows leave the batch
+            picked = torch.tensor(going_on, device=device)
+            cache.keep(going_on, picked)
+            rows, tokens = [rows[i] for i in going_on], tokens[picked]
+        line = Line(tokens, (1,) * len(rows), tuple(cache.lengths))
+    return found
 
 
-def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
-    """Where the cumulative distribution passes the draw: logits `[B, V]`, draws `[B]` in [0, 1) -> tokens `[B]`."""
-    probabilities = truncate(torch.softmax(logits.double() / sampling.temperature, dim=-1), sampling)
-    cumulative = probabilities.cumsum(-1)
-    target = draws.unsqueeze(1) * cumulative[:, -1:]
-    # right=True: a token of probability 0 shares its neighbour's cumulative value and is passed over
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+class Drawn(NamedTuple):
+    """All `[B]`: tokens, their log-probabilities, the entropies of their distributions."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    entropies: Tensor
+
+
+def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Drawn:
+    """Where the cumulative distribution passes the draw: logits `[B, V]`, draws `[B]` in [0, 1).
+
+    The look-up is in two steps, the block of tokens and then the token, so that sums in double precision are of blocks.
+    """
+    rows, count = logits.shape
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
+    shifted = (scaled - scaled.amax(-1, keepdim=True)).clamp_(min=LEAST)
+    blocks = -(-count // BLOCK)
+    weights = shifted.new_zeros(rows, blocks * BLOCK)
+    torch.exp(shifted, out=weights[:, :count])
+    total = weights.sum(-1, dtype=torch.float64)
+    mean = torch.linalg.vecdot(weights[:, :count], shifted) / total
+    if sampling.truncates:
+        weights[:, :count] = truncate(weights[:, :count].double(), sampling)
+    sums = weights.view(rows, blocks, BLOCK).sum(-1, dtype=torch.float64)
+    upto = sums.cumsum(-1)
+    target = draws[:, None] * upto[:, -1:]
+    block = _find(upto, target)
+    inside = weights.view(rows, blocks, BLOCK)[torch.arange(rows, device=block.device), block[:, 0]].double().cumsum(-1)
+    rest = (target - (upto - sums).gather(1, block)).clamp(min=0)
+    tokens = (block * BLOCK + _find(inside, rest))[:, 0]
+    logprobs = shifted.gather(1, tokens[:, None])[:, 0] - total.log()
+    return Drawn(tokens, logprobs, total.log() - mean)
+
+
+def _find(cumulative: Tensor, target: Tensor) -> Tensor:
+    """The first place whose cumulative value `[B, n]` is above the target `[B, 1]`; rounding may let none be: the last
+    place that adds to it."""
+    last = (cumulative < cumulative[:, -1:]).sum(-1, keepdim=True)
+    return torch.searchsorted(cumulative, target, right=True).minimum(last)
 
 
 def truncate(probabilities: Tensor, sampling: Sampling) -> Tensor:
-    """Zero what top-k and top-p (Holtzman et al. 2020) leave out: `[B, V] -> [B, V]`, not normalised again."""
+    """Zero what top-k and top-p (Holtzman et al. 2020) leave out: `[B, V] -> [B, V]`, of any sum, which shrinks."""
     if sampling.top_k is not None and sampling.top_k < probabilities.shape[-1]:
         least = probabilities.topk(sampling.top_k, dim=-1).values[:, -1:]
         probabilities = torch.where(probabilities >= least, probabilities, 0.0)

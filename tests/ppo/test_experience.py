@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlhf_tasks import config
+from rlhf_tasks import config, head
 from rlhf_tasks.ppo.experience import (
     Episodes,
     Experience,
@@ -17,6 +18,7 @@ from rlhf_tasks.ppo.experience import (
     shape_scores,
 )
 from rlhf_tasks.ppo.functional import gae, masked_mean, masked_var
+from rlhf_tasks.ppo.rollout import Rollout
 
 CPU = torch.device("cpu")
 STATISTICS = (0.5, 2.0)
@@ -36,7 +38,6 @@ def experience(
         ppo=ppo or config.PPO(micro_batch_tokens=24),
         temperature=temperature,
         score_statistics=STATISTICS,
-        pad_id=0,
     )
 
 
@@ -49,7 +50,7 @@ def ppo(**settings: Any) -> config.PPO:
 def test_log_probabilities_scores_and_values_are_those_of_each_episode_alone(
     four: Any, rollout: Episodes, temperature: float
 ) -> None:
-    """Against the models' plain calls on one unpadded row: the right model, the right place, the right token."""
+    """Against the models' plain calls on one row alone: the right model, the right place, the right token."""
     x, raw = experience(four, rollout, temperature=temperature)
     for row, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
         ids, start, n = torch.tensor([[*prompt, *response]]), len(prompt) - 1, len(response)
@@ -67,6 +68,21 @@ def test_log_probabilities_scores_and_values_are_those_of_each_episode_alone(
     assert raw.std() > 0.1
 
 
+def test_what_the_rollout_knows_is_taken_from_it(four: Any, rollout: Episodes) -> None:
+    """Log-probabilities and entropies of the Actor's own tokens are not worked out again."""
+    logprobs, entropies = ([[place / size for place in range(len(r))] for r in rollout.responses] for size in (-9, 7))
+    known = replace(rollout, drawn=Rollout(rollout.responses, logprobs, entropies))
+    x, _ = experience(four, known)
+    for row, response in enumerate(rollout.responses):
+        n = len(response)
+        assert x.old_logprobs[row, :n].tolist() == pytest.approx(logprobs[row])
+        assert x.entropy[row, :n].tolist() == pytest.approx(entropies[row])
+        assert not x.old_logprobs[row, n:].any()
+        assert not x.entropy[row, n:].any()
+    kl = (x.old_logprobs - x.ref_logprobs) * x.mask
+    torch.testing.assert_close(x.rewards.sum(1), x.scores - BETA * kl.sum(1), atol=1e-5, rtol=1e-5)
+
+
 def test_experience_does_not_depend_on_micro_batches(four: Any, rollout: Episodes) -> None:
     """So that before the first update every log ratio is below 1e-4, however the update cuts its batches."""
     one, other = (experience(four, rollout, config.PPO(micro_batch_tokens=n))[0] for n in (1, 10_000))
@@ -74,7 +90,7 @@ def test_experience_does_not_depend_on_micro_batches(four: Any, rollout: Episode
         assert (getattr(one, name) - getattr(other, name)).abs().max() < 1e-4, name
 
 
-def test_padding_carries_nothing(four: Any, rollout: Episodes) -> None:
+def test_places_behind_a_response_carry_nothing(four: Any, rollout: Episodes) -> None:
     x, _ = experience(four, rollout)
     assert x.mask.sum(1).tolist() == [len(response) for response in rollout.responses]
     for name in (
@@ -128,7 +144,12 @@ def test_rewards_sum_to_the_score_less_the_kl(four: Any, rollout: Episodes, esti
 
 
 @torch.no_grad()
-def test_the_full_kl_is_over_the_whole_vocabulary_at_the_temperature(four: Any, rollout: Episodes) -> None:
+@pytest.mark.parametrize("piece", [2, 10_000])
+def test_the_full_kl_is_over_the_whole_vocabulary_at_the_temperature(
+    four: Any, rollout: Episodes, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    """However few tokens' logits there are at a time."""
+    monkeypatch.setattr(head, "PIECE_ELEMENTS", piece * four.actor.config.vocab_size)
     rollout = Episodes(rollout.prompts[:2], rollout.responses[:2], rollout.ended[:2])
     x, _ = experience(four, rollout, ppo(kl=config.KL(estimator="full"), score=config.Score(kind="raw")), 0.7)
     ids = torch.tensor([[*rollout.prompts[0], *rollout.responses[0]]])
@@ -202,9 +223,14 @@ def test_the_shaped_score_is_what_experience_holds(four: Any, rollout: Episodes)
     assert (x.scores == -7).tolist() == [not ended for ended in rollout.ended]
 
 
-def test_some_rows_of_experience_are_cut_to_their_width(four: Any, rollout: Episodes) -> None:
+def test_some_rows_of_experience_stand_in_the_order_of_a_batch_of_them(four: Any, rollout: Episodes) -> None:
     x, _ = experience(four, rollout)
-    part = x.rows([3, 1], 4)
-    assert part.mask.shape == part.returns.shape == (2, 4)
-    assert torch.equal(part.scores, x.scores[[3, 1]])
-    assert torch.equal(part.old_values, x.old_values[[3, 1], :4])
+    rows = [3, 1]
+    part, batch = x.tokens(rows), rollout.batch(rows, CPU)
+    assert part.mask.tolist() == [True] * len(batch.tokens)
+    assert batch.tokens.tolist() == rollout.responses[3] + rollout.responses[1]
+    assert torch.equal(part.scores, x.scores[rows])
+    for name in ("old_logprobs", "old_values", "advantages", "returns"):
+        whole = getattr(x, name)
+        expected = torch.cat([whole[row, : len(rollout.responses[row])] for row in rows])
+        assert torch.equal(getattr(part, name), expected), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,17 +12,25 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache
 
 from rlhf_tasks import config
-from rlhf_tasks.data.batching import pad_rows
-from rlhf_tasks.models import position_ids, response_logits
-from rlhf_tasks.ppo.experience import Episodes, Experience, make_experience, per_token, response_masks, response_values
-from rlhf_tasks.ppo.functional import actor_loss, response_logprobs
-from rlhf_tasks.ppo.optimization import Learner, gradients
-from rlhf_tasks.training import adamw
+from rlhf_tasks.data.batching import Line
+from rlhf_tasks.forward import Cache, hidden_states
+from rlhf_tasks.head import Head
+from rlhf_tasks.ppo.experience import (
+    Episodes,
+    Experience,
+    make_experience,
+    per_token,
+    policy_measures,
+    response_masks,
+    response_values,
+)
+from rlhf_tasks.ppo.functional import actor_loss
+from rlhf_tasks.ppo.optimization import actor_gradient, critic_gradient, gradients
 
-PAD, EOS, VOCABULARY = 0, 1, 300
+EOS, VOCABULARY = 1, 300
+CPU = torch.device("cpu")
 TINY = 1e-9
 few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -54,29 +63,26 @@ def experience(models: Any, of: Episodes, **options: Any) -> Experience:
     ppo = config.PPO(**({"minibatches": 1, "score": config.Score(kind="raw")} | options))
     made, _ = make_experience(
         of, actor=models.actor, ref=models.ref, reward=models.reward, critic=models.critic, kl_coef=0.3, ppo=ppo,
-        temperature=0.8, score_statistics=(0.0, 1.0), pad_id=PAD,
+        temperature=0.8, score_statistics=(0.0, 1.0),
     )  # fmt: skip
     return made
 
 
 def logprobs(models: Any, of: Episodes, micro_batch_tokens: int) -> Tensor:
-    def measure(batch: Any) -> tuple[Tensor, ...]:
-        logits = response_logits(models.actor, batch.input_ids, batch.attention_mask, batch.tokens.shape[1])
-        return (response_logprobs(logits, batch.tokens, 0.8),)
-
-    (found,) = per_token(measure, of, micro_batch_tokens, PAD, torch.device("cpu"))
-    return found
+    return per_token(lambda batch: policy_measures(models.actor, batch, 0.8), of, micro_batch_tokens, CPU)[0]
 
 
 def gradient(models: Any, of: Episodes, made: Experience, micro_batch_tokens: int) -> Tensor:
     """Of Actor and Critic together, in one vector."""
-    learners = [Learner(m, adamw(m.parameters(), 1e-3)) for m in (models.actor, models.critic)]
-    ppo = config.PPO(minibatches=1, micro_batch_tokens=micro_batch_tokens, entropy_coef=0.01)
-    gradients(list(range(len(of.responses))), of, made, learners[0], learners[1], ppo, 0.8, True, PAD)
-    found = torch.cat([p.grad.flatten() for each in learners for p in each.model.parameters()])
-    for each in learners:
-        each.optimizer.zero_grad(set_to_none=True)
-    return found
+    ppo, found = config.PPO(minibatches=1, entropy_coef=0.01), []
+    for model, learn in (
+        (models.actor, partial(actor_gradient, models.actor, ppo=ppo, temperature=0.8)),
+        (models.critic, partial(critic_gradient, models.critic, ppo=ppo)),
+    ):
+        gradients(list(range(len(of.responses))), of, made, micro_batch_tokens, learn)
+        found += [weight.grad.flatten() for weight in model.parameters()]
+        model.zero_grad(set_to_none=True)
+    return torch.cat(found)
 
 
 def rows_of(made: Experience, order: Sequence[int]) -> list[Tensor]:
@@ -104,12 +110,12 @@ def test_a_minibatch_may_be_cut_anyhow(models: Any, of: Episodes, micro_batch_to
 
 @few
 @given(episodes(), st.integers(1, 5), micro_batches)
-def test_padding_on_the_left_changes_nothing(models: Any, of: Episodes, more: int, size: int) -> None:
-    """A longer prompt and a longer answer in the batch pad all the others."""
+def test_neighbours_change_nothing(models: Any, of: Episodes, more: int, size: int) -> None:
+    """A longer prompt with a longer answer, and a short one, stand in the line before and behind the others."""
     longest = [2] * (max(map(len, of.prompts)) + more)
-    wide = Episodes([*of.prompts, longest], [*of.responses, [3] * 9], [*of.ended, False])
+    among = Episodes([[7], *of.prompts, longest], [[1], *of.responses, [3] * 9], [True, *of.ended, False])
     width = max(map(len, of.responses))
-    assert (logprobs(models, wide, 10**6)[:-1, :width] - logprobs(models, of, size)).abs().max() < TINY
+    assert (logprobs(models, among, 10**6)[1:-1, :width] - logprobs(models, of, size)).abs().max() < TINY
 
 
 @few
@@ -130,7 +136,7 @@ def test_a_value_does_not_know_its_token(models: Any, of: Episodes, token: int) 
     other = Episodes(of.prompts, [[*response[:-1], token, token] for response in of.responses], of.ended)
     values = []
     for each in (of, other):
-        (found,) = per_token(lambda batch: (response_values(models.critic, batch),), each, 40, PAD, torch.device("cpu"))
+        (found,) = per_token(lambda batch: (response_values(models.critic, batch),), each, 40, CPU)
         values.append(found[:, : max(map(len, of.responses))] * response_masks(of))
     assert (values[0] - values[1]).abs().max() < TINY
 
@@ -156,14 +162,16 @@ def test_without_discount_returns_are_the_rewards_to_come(models: Any, of: Episo
 @given(episodes())
 @torch.no_grad()
 def test_decoding_with_a_cache_says_what_a_forward_pass_says(models: Any, of: Episodes) -> None:
-    (ids, mask), (answered, counted) = pad_rows(of.prompts, PAD, left=True), pad_rows(of.responses, PAD)
-    positions, cache, found = position_ids(mask), DynamicCache(config=models.actor.config), []
-    for place in range(answered.shape[1]):
-        logits = models.actor(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        ).logits  # fmt: skip
-        ids, positions = answered[:, place : place + 1], positions[:, -1:] + 1
-        found.append(response_logprobs(logits, ids, 0.8))
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    assert ((torch.cat(found, 1) - logprobs(models, of, 10**6)) * counted).abs().max() < TINY
+    """Episodes that are at their end leave the cache, whatever order they end in."""
+    width = max(map(len, of.responses))
+    rows, line, cache = list(range(len(of.prompts))), Line.of(of.prompts, CPU), Cache(max(of.lengths))
+    found = torch.zeros(len(rows), width, dtype=torch.float64)
+    for place in range(width):
+        logits = Head.of(models.actor).logits(hidden_states(models.actor, line, cache)[line.ends])
+        tokens = torch.tensor([of.responses[row][place] for row in rows])
+        found[rows, place] = (logits / 0.8).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        going_on = [i for i, row in enumerate(rows) if len(of.responses[row]) > place + 1]
+        cache.keep(going_on, torch.tensor(going_on, dtype=torch.long))
+        rows, tokens = [rows[i] for i in going_on], tokens[going_on]
+        line = Line(tokens, (1,) * len(rows), tuple(cache.lengths))
+    assert (found - logprobs(models, of, 10**6)).abs().max() < TINY

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_tasks import config
-from rlhf_tasks.ppo.experience import Episodes, Experience
+from rlhf_tasks.ppo.experience import Episodes, Experience, policy_measures
 from rlhf_tasks.ppo.functional import AdaptiveKL, FixedKL, LengthControl
 from rlhf_tasks.ppo.iteration import (
     Fixed,
@@ -33,7 +33,7 @@ from rlhf_tasks.reward import score_texts
 from rlhf_tasks.training import adamw, optimizer_tensors
 
 PROMPTS = [[10 + i, 20 + i, 30][: 1 + i % 3] for i in range(10)]
-SAMPLING = Sampling(length=6, temperature=0.9, top_k=None, top_p=None, stop_ids=tuple(range(1, 300, 8)), pad_id=0)
+SAMPLING = Sampling(length=6, temperature=0.9, top_k=None, top_p=None, stop_ids=tuple(range(1, 300, 8)))
 
 
 def ppo(**settings: Any) -> config.PPO:
@@ -78,6 +78,31 @@ def test_an_iteration_is_a_function_of_the_state_before_it(four: Any) -> None:
     assert same(results[0][1], results[1][1])
     other, fixed = start(four, ppo())
     assert iterate(other, fixed, ppo(), seed=6)[0] != results[0][0][0]
+
+
+def test_what_the_rollout_knows_spares_a_forward_pass_and_changes_nothing(
+    four: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An iteration with the log-probabilities from the drawing, and one that works them out again."""
+    settings, results, asked = ppo(entropy_coef=0.01), [], []
+
+    def measures(policy: Any, *others: Any) -> tuple[Tensor, Tensor]:
+        asked.append(policy)
+        return policy_measures(policy, *others)
+
+    monkeypatch.setattr("rlhf_tasks.ppo.experience.policy_measures", measures)
+    for forgets in (False, True):
+        state, fixed = start(four, settings)
+        before = bits(state)
+        if forgets:
+            monkeypatch.setattr("rlhf_tasks.ppo.iteration.roll_out", lambda *of: replace(roll_out(*of), drawn=None))
+        metrics, _ = iterate(state, fixed, settings, seed=5)
+        assert any(policy is state.actor.model for policy in asked) is forgets
+        results.append((metrics, {name: x for name, x in bits(state).items() if name in before}))
+        assert all((results[-1][1][name] - x).abs().max() > 1e-3 for name, x in before.items())
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5, abs=1e-5)
+    for name, weight in results[0][1].items():
+        torch.testing.assert_close(weight, results[1][1][name], rtol=1e-5, atol=1e-5)
 
 
 def test_it_changes_actor_critic_and_the_count_alone(four: Any) -> None:
@@ -198,9 +223,9 @@ def test_the_actor_learns_what_the_reward_likes(four: Any) -> None:
     @torch.no_grad()
     def mean_score() -> float:
         questions = PROMPTS * 20
-        answers = sample_responses(state.actor.model, questions, SAMPLING, (0, "before and after"))
+        answers = sample_responses(state.actor.model, questions, SAMPLING, (0, "before and after")).responses
         texts = [[*question, *answer] for question, answer in zip(questions, answers, strict=True)]
-        return score_texts(fixed.reward, texts, 0, torch.device("cpu")).mean().item()
+        return score_texts(fixed.reward, texts, torch.device("cpu")).mean().item()
 
     before = mean_score()
     for _ in range(6):

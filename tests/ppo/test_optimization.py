@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_tasks import config
+from rlhf_tasks import config, head
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.ppo.experience import Episodes, Experience, make_experience
 from rlhf_tasks.ppo.optimization import Learner, optimize
@@ -27,9 +27,20 @@ def ppo(**settings: Any) -> config.PPO:
 def experience(four: Any, rollout: Episodes) -> Experience:
     made, _ = make_experience(
         rollout, actor=four.actor, ref=four.ref, reward=four.reward, critic=four.critic, kl_coef=0.1,
-        ppo=ppo(), temperature=0.8, score_statistics=(0.0, 1.0), pad_id=0,
+        ppo=ppo(), temperature=0.8, score_statistics=(0.0, 1.0),
     )  # fmt: skip
     return made
+
+
+class Descent(torch.optim.SGD):
+    """Plain gradient descent that cuts gradients as AdamW's fused step does, also in float64, which that refuses."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    weight -= group["lr"] * weight.grad / self.grad_scale  # type: ignore[attr-defined]
 
 
 def update(
@@ -43,10 +54,10 @@ def update(
     seed: int = 0,
 ) -> dict[str, float]:
     """Optimize by plain gradient descent, so that with rate 1 a step is its gradient."""
-    actor, critic = (Learner(m, torch.optim.SGD(m.parameters(), rate)) for m in (four.actor, four.critic))
+    actor, critic = (Learner(m, Descent(m.parameters(), rate)) for m in (four.actor, four.critic))
     return optimize(
         rollout, x, actor=actor, critic=critic, ppo=settings, temperature=0.8,
-        update_actor=update_actor, pad_id=0, seed_names=(seed, "ppo", 1),
+        update_actor=update_actor, seed_names=(seed, "ppo", 1),
     )  # fmt: skip
 
 
@@ -83,12 +94,16 @@ def test_before_the_first_step_the_ratio_is_one(four: Any, rollout: Episodes) ->
 @pytest.mark.parametrize("settings", [{}, FULL])
 @pytest.mark.parametrize("cut", [{"minibatches": 1}, {"minibatches": 5, "epochs": 2}])
 def test_micro_batches_change_nothing(
-    gone_on: tuple[Any, Experience], rollout: Episodes, settings: Any, cut: Any
+    gone_on: tuple[Any, Experience], rollout: Episodes, monkeypatch: pytest.MonkeyPatch, settings: Any, cut: Any
 ) -> None:
-    """A minibatch taken row by row, in threes and fours, and whole: gradients alike to 1e-9, and statistics too."""
+    """A minibatch taken row by row, in threes and fours, and whole: gradients alike to 1e-9, and statistics too.
+
+    And whole again, with the logits of few tokens at a time.
+    """
     results = []
-    for tokens in (1, 40, 10_000):
+    for tokens, piece in ((1, 10_000), (40, 10_000), (10_000, 10_000), (10_000, 3)):
         four, x = copy.deepcopy(gone_on)
+        monkeypatch.setattr(head, "PIECE_ELEMENTS", piece * four.actor.config.vocab_size)
         measured = update(four, rollout, x, ppo(micro_batch_tokens=tokens, **settings, **cut), rate=0.1)
         results.append((weights(four.actor), weights(four.critic), measured))
     for actor, critic, measured in results[1:]:
@@ -97,9 +112,16 @@ def test_micro_batches_change_nothing(
         assert measured == pytest.approx(results[0][2], rel=1e-9, abs=1e-9)
 
 
-def test_the_gradient_is_that_of_the_formula(gone_on: tuple[Any, Experience], rollout: Episodes) -> None:
-    """The losses written out token by token, each divided by the number of tokens of the minibatch."""
+@pytest.mark.parametrize("piece", [1, 5, 10_000])
+def test_the_gradient_is_that_of_the_formula(
+    gone_on: tuple[Any, Experience], rollout: Episodes, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    """The losses written out token by token, each divided by the number of tokens of the minibatch.
+
+    However few tokens' logits there are at a time.
+    """
     four, x = gone_on
+    monkeypatch.setattr(head, "PIECE_ELEMENTS", piece * four.actor.config.vocab_size)
     actor_loss, critic_loss, clipped = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
     count = sum(len(response) for response in rollout.responses)
     for row, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
@@ -177,7 +199,7 @@ def test_every_minibatch_of_every_epoch_is_a_step_of_both(four: Any, rollout: Ep
     settings = ppo(epochs=3, minibatches=5)
     measured = optimize(
         rollout, x, actor=actor, critic=critic, ppo=settings, temperature=0.8,
-        update_actor=True, pad_id=0, seed_names=(0,),
+        update_actor=True, seed_names=(0,),
     )  # fmt: skip
     assert measured["policy/epochs"] == 3
     for learner in (actor, critic):
@@ -197,7 +219,10 @@ def test_each_epoch_deals_every_episode_once_and_anew(four: Any, rollout: Episod
     x, watched = experience(four, rollout), Watched(rollout.prompts, rollout.responses, rollout.ended)
     object.__setattr__(watched, "asked", [])
     update(four, watched, x, ppo(epochs=3, minibatches=5, micro_batch_tokens=10_000), rate=0.0)
-    epochs = [watched.asked[i : i + 5] for i in range(0, 15, 5)]  # type: ignore[attr-defined]
+    by_actor, by_critic = (watched.asked[i::2] for i in (0, 1))  # type: ignore[attr-defined]
+    assert by_actor == by_critic
+    assert len(by_actor) == 15
+    epochs = [by_actor[i : i + 5] for i in range(0, 15, 5)]
     for minibatches in epochs:
         assert sorted(row for rows in minibatches for row in rows) == list(range(12))
         assert {len(rows) for rows in minibatches} == {2, 3}

@@ -19,9 +19,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf_tasks import config
-from rlhf_tasks.models import freeze, response_logits
-from rlhf_tasks.ppo.experience import Episodes, per_token, response_masks, response_scores, response_values
-from rlhf_tasks.ppo.functional import AdaptiveKL, FixedKL, response_logprobs
+from rlhf_tasks.models import freeze
+from rlhf_tasks.ppo.experience import (
+    Episodes,
+    per_token,
+    policy_measures,
+    response_masks,
+    response_scores,
+    response_values,
+)
+from rlhf_tasks.ppo.functional import AdaptiveKL, FixedKL
 from rlhf_tasks.ppo.iteration import Fixed, PPOState, iterate
 from rlhf_tasks.ppo.optimization import Learner
 from rlhf_tasks.ppo.rollout import Sampling
@@ -56,17 +63,13 @@ class Bandit:
         """A measure of every response's tokens: sums `[prompts, responses]`, values and mask `[pairs, T]`."""
         pairs = [(prompt, response) for prompt in PROMPTS for response in RESPONSES]
         episodes = Episodes([p for p, _ in pairs], [r for _, r in pairs], [r[-1] == EOS for _, r in pairs])
-        (values,) = per_token(lambda batch: (measure(batch),), episodes, 4096, PAD, torch.device("cpu"))
+        (values,) = per_token(lambda batch: (measure(batch),), episodes, 4096, torch.device("cpu"))
         mask = response_masks(episodes)
         return (values * mask).sum(1).double().view(len(PROMPTS), -1), values, mask
 
     @staticmethod
     def logprobs_of(actor: Any) -> Any:
-        def measure(batch: Any) -> Tensor:
-            logits = response_logits(actor, batch.input_ids, batch.attention_mask, batch.tokens.shape[1])
-            return response_logprobs(logits, batch.tokens, 1.0)
-
-        return measure
+        return lambda batch: policy_measures(actor, batch, 1.0)[0]
 
     def log_policy(self, actor: Any) -> Tensor:
         return self.every(self.logprobs_of(actor))[0]
@@ -125,7 +128,7 @@ def train(
         critic=Learner(critic, adamw(critic.parameters(), 1.0)),
         kl_control=kl,
     )
-    sampling = Sampling(length=PLACES, temperature=1.0, top_k=None, top_p=None, stop_ids=(EOS,), pad_id=PAD)
+    sampling = Sampling(length=PLACES, temperature=1.0, top_k=None, top_p=None, stop_ids=(EOS,))
     fixed = Fixed(bandit.ref, bandit.reward, PROMPTS, sampling, (0.0, 1.0))
     return actor, critic, [iterate(state, fixed, ppo, seed=0)[0] for _ in range(iterations)]
 
