@@ -80,7 +80,7 @@ TROUBLES = [
     Trouble(
         "entropy collapses",
         {"ppo.kl.coef": 0.0},
-        {"ppo.kl.controller": "adaptive", "ppo.kl.coef": 0.01, "ppo.kl.target": 6.0, "ppo.kl.horizon": 1000},
+        {"ppo.kl.controller": "adaptive", "ppo.kl.coef": 0.03, "ppo.kl.target": 4.0, "ppo.kl.horizon": 250},
         ("objective/entropy", "response/distinct_bigrams", "objective/kl"),
     ),
 ]
