@@ -34,7 +34,7 @@ from rlhf_tasks.ppo.optimization import actor_gradient, critic_gradient
 from rlhf_tasks.ppo.rollout import Sampling, sample
 from rlhf_tasks.reward import SCORING_BATCH_TOKENS, pairwise_loss, score_texts
 from rlhf_tasks.sft import learn_rows
-from rlhf_tasks.training import adamw, clipped_step
+from rlhf_tasks.training import adamw, clipped_step, gradient_norm
 
 FLOAT = 4  # bytes of a weight, a gradient, each of Adam's two moments
 CPU = torch.device("cpu")
@@ -308,7 +308,7 @@ def _second(meter: Meter, step: Callable[[], None]) -> Need:
 
 
 def _step(model: Any, optimizer: torch.optim.Optimizer) -> None:
-    clipped_step(optimizer, torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]), 1.0)
+    clipped_step(optimizer, gradient_norm(model), 1.0)
 
 
 def _difference(one: Need, other: Need) -> Need:

@@ -19,7 +19,7 @@ from rlhf_tasks.head import learn as learn_tokens
 from rlhf_tasks.ppo.experience import Episodes, Experience, response_values
 from rlhf_tasks.ppo.functional import actor_loss, critic_loss
 from rlhf_tasks.seeds import permutation
-from rlhf_tasks.training import clipped_step, length_batches
+from rlhf_tasks.training import clipped_step, gradient_norm, length_batches
 
 if TYPE_CHECKING:
     from rlhf_tasks import config
@@ -38,7 +38,7 @@ class Learner:
         Raises:
             UserError: the gradient is not finite; no step is taken, so the state before the iteration stays whole.
         """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = gradient_norm(self.model)
         if not torch.isfinite(norm):
             raise UserError(
                 f"PPO diverged: the gradient of {type(self.model).__name__} is {norm.item()}; "
