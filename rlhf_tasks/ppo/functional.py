@@ -10,6 +10,9 @@ Results have the dtype of the inputs, the widest where they differ, and that of 
 precision is widened to float32 inside: sums over thousands of tokens do not fit it. Log-probabilities, entropies and KL
 of half-precision logits stay float32.
 
+`response_logprobs` and `entropy` are the plain definitions: training and sampling work them out piece by piece and in
+place (rlhf_tasks/head.py, rollout.py), which tests hold to these, and these to the numbers of TRL and OpenAI.
+
 Sources, cited below by name:
 - PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2015, arXiv:1506.02438.
 - Ziegler: Ziegler et al. 2019, arXiv:1909.08593. KL-approx: Schulman 2020, joschu.net/blog/kl-approx.html.
