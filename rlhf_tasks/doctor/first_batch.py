@@ -13,7 +13,7 @@ from rlhf_tasks.config import Params
 from rlhf_tasks.data.batching import Batch
 from rlhf_tasks.models import load_tokenizer
 from rlhf_tasks.ppo.experience import Episodes, Experience, per_token, policy_measures
-from rlhf_tasks.ppo.iteration import evaluate, roll_out
+from rlhf_tasks.ppo.iteration import evaluate, experience_of, roll_out
 from rlhf_tasks.ppo_stage import Trainer
 
 EPISODES = 32
@@ -47,8 +47,10 @@ class FirstBatch:
         state, fixed = trainer.state, trainer.fixed
         count = min(EPISODES, params.ppo.batch, len(fixed.prompts))
         episodes = roll_out(state, fixed, count, params.seed)
-        experience, raw_scores = evaluate(state, fixed, params.ppo, episodes)
-        return cls(params, trainer, load_tokenizer(root / "checkpoints/sft"), episodes, experience, raw_scores)
+        evaluation = evaluate(state, fixed, params.ppo, episodes)
+        experience = experience_of(state, fixed, params.ppo, episodes, evaluation)
+        tokenizer = load_tokenizer(root / "checkpoints/sft")
+        return cls(params, trainer, tokenizer, episodes, experience, evaluation.raw_scores)
 
     def logprobs(self, micro_batch_tokens: int) -> Tensor:
         """The Actor's own, `[B, T]`, by forward passes over micro-batches of this size."""

@@ -89,26 +89,30 @@ class ScoreFunction:
         return own if self.instead else scores + own
 
 
-def make_experience(
-    episodes: Episodes,
-    *,
-    actor: Any,
-    ref: Any,
-    reward: Any,
-    critic: Any,
-    kl_coef: float,
-    ppo: config.PPO,
-    temperature: float,
-    score_statistics: tuple[float, float],
-    cut_price: float | None = None,
-    score_function: ScoreFunction = ScoreFunction(),
-) -> tuple[Experience, Tensor]:
-    """Turn episodes into experience. Returns it and the Reward's raw scores `[B]`."""
+@dataclass(frozen=True)
+class Evaluation:
+    """What the four models say of B episodes: tensors `[B, T]`, but `raw_scores`, the Reward's own, `[B]`.
+
+    `kl` is per token, by the estimator that the reward uses.
+    """
+
+    old_logprobs: Tensor
+    entropy: Tensor
+    ref_logprobs: Tensor
+    kl: Tensor
+    old_values: Tensor
+    raw_scores: Tensor
+
+
+def evaluate_episodes(
+    episodes: Episodes, *, actor: Any, ref: Any, reward: Any, critic: Any, ppo: config.PPO, temperature: float
+) -> Evaluation:
+    """Phase 2: have the four models read the episodes."""
 
     def over(measure: Callable[[Batch], tuple[Tensor, ...]]) -> list[Tensor]:
         return per_token(measure, episodes, ppo.micro_batch_tokens, next(actor.parameters()).device)
 
-    old_logprobs, entropies = drawn_measures(episodes, actor) or over(
+    old_logprobs, entropy = drawn_measures(episodes, actor) or over(
         lambda batch: policy_measures(actor, batch, temperature)
     )
     ref_logprobs, _ = over(lambda batch: policy_measures(ref, batch, temperature))
@@ -117,20 +121,42 @@ def make_experience(
     else:
         kl = kl_per_token(old_logprobs, ref_logprobs, ppo.kl.estimator)
     (old_values,) = over(lambda batch: (response_values(critic, batch),))
-    (token_score,) = over(lambda batch: (response_scores(reward, batch),))
-    mask = response_masks(episodes).to(old_logprobs.device)
-    raw_scores = token_score.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
+    (token_scores,) = over(lambda batch: (response_scores(reward, batch),))
+    last = response_masks(episodes).sum(1, keepdim=True).to(token_scores.device) - 1
+    return Evaluation(old_logprobs, entropy, ref_logprobs, kl, old_values, token_scores.gather(1, last).squeeze(1))
+
+
+def make_experience(
+    episodes: Episodes,
+    evaluation: Evaluation,
+    ppo: config.PPO,
+    *,
+    kl_coef: float,
+    score_statistics: tuple[float, float],
+    cut_price: float | None = None,
+    score_function: ScoreFunction = ScoreFunction(),
+) -> Experience:
+    """Turn evaluated episodes into experience: scores, rewards, advantages, returns."""
+    found, mask = evaluation, response_masks(episodes).to(evaluation.kl.device)
     combine = partial(score_function.combine, episodes=episodes)
-    scores = shape_scores(raw_scores, episodes.ended, ppo, score_statistics, combine, cut_price)
-    rewards = assemble_rewards(scores, kl, mask, kl_coef)
+    scores = shape_scores(found.raw_scores, episodes.ended, ppo, score_statistics, combine, cut_price)
+    rewards = assemble_rewards(scores, found.kl, mask, kl_coef)
     if ppo.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
-    raw_advantages, returns = gae(old_values, rewards, mask, ppo.gamma, ppo.lam)
+    raw_advantages, returns = gae(found.old_values, rewards, mask, ppo.gamma, ppo.lam)
     advantages = masked_whiten(raw_advantages, mask) if ppo.whiten_advantages else raw_advantages
-    experience = Experience(
-        mask, scores, old_logprobs, ref_logprobs, entropies, old_values, rewards, raw_advantages, advantages, returns
+    return Experience(
+        mask,
+        scores,
+        found.old_logprobs,
+        found.ref_logprobs,
+        found.entropy,
+        found.old_values,
+        rewards,
+        raw_advantages,
+        advantages,
+        returns,
     )
-    return experience, raw_scores
 
 
 def shape_scores(

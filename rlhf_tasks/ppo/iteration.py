@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from rlhf_tasks.data.batching import TokenRow
-from rlhf_tasks.ppo.experience import Episodes, Experience, ScoreFunction, make_experience
+from rlhf_tasks.ppo.experience import (
+    Episodes,
+    Evaluation,
+    Experience,
+    ScoreFunction,
+    evaluate_episodes,
+    make_experience,
+)
 from rlhf_tasks.ppo.functional import (
     AdaptiveKL,
     FixedKL,
@@ -67,7 +74,10 @@ def iterate(state: PPOState, fixed: Fixed, ppo: config.PPO, seed: int) -> tuple[
     episodes = roll_out(state, fixed, ppo.batch, seed)
     clock.lap("rollout")
 
-    experience, raw_scores = evaluate(state, fixed, ppo, episodes)
+    evaluation = evaluate(state, fixed, ppo, episodes)
+    clock.lap("evaluation")
+
+    experience = experience_of(state, fixed, ppo, episodes, evaluation)
     clock.lap("experience")
 
     set_learning_rates(state, ppo)
@@ -83,7 +93,7 @@ def iterate(state: PPOState, fixed: Fixed, ppo: config.PPO, seed: int) -> tuple[
     )
     clock.lap("optimization")
 
-    metrics = rollout_metrics(episodes, experience, raw_scores, state.kl_control.coef) | updates
+    metrics = rollout_metrics(episodes, experience, evaluation.raw_scores, state.kl_control.coef) | updates
     metrics["policy/learning_rate"] = state.actor.optimizer.param_groups[0]["lr"]
     if state.length_control:
         metrics["objective/cut_price"] = state.length_control.price
@@ -104,17 +114,28 @@ def roll_out(state: PPOState, fixed: Fixed, batch: int, seed: int) -> Episodes:
     return Episodes(prompts, drawn.responses, ended(drawn.responses, fixed.sampling.stop_ids), drawn)
 
 
-def evaluate(state: PPOState, fixed: Fixed, ppo: config.PPO, episodes: Episodes) -> tuple[Experience, Tensor]:
-    """Phase 2, evaluation by all four models: the experience, and the Reward's raw scores `[B]`."""
-    return make_experience(
+def evaluate(state: PPOState, fixed: Fixed, ppo: config.PPO, episodes: Episodes) -> Evaluation:
+    """Phase 2, evaluation: what the four models say of the episodes."""
+    return evaluate_episodes(
         episodes,
         actor=state.actor.model,
         ref=fixed.ref,
         reward=fixed.reward,
         critic=state.critic.model,
-        kl_coef=state.kl_control.coef,
         ppo=ppo,
         temperature=fixed.sampling.temperature,
+    )
+
+
+def experience_of(
+    state: PPOState, fixed: Fixed, ppo: config.PPO, episodes: Episodes, evaluation: Evaluation
+) -> Experience:
+    """What phase 3 learns from."""
+    return make_experience(
+        episodes,
+        evaluation,
+        ppo,
+        kl_coef=state.kl_control.coef,
         score_statistics=fixed.score_statistics,
         score_function=fixed.score_function,
         cut_price=state.length_control.price if state.length_control else None,

@@ -13,6 +13,7 @@ from rlhf_tasks import config, head
 from rlhf_tasks.ppo.experience import (
     Episodes,
     Experience,
+    evaluate_episodes,
     make_experience,
     response_masks,
     shape_scores,
@@ -28,17 +29,18 @@ BETA = 0.3
 def experience(
     four: Any, rollout: Episodes, ppo: config.PPO | None = None, temperature: float = 1.0
 ) -> tuple[Experience, Tensor]:
-    return make_experience(
+    settings = ppo or config.PPO(micro_batch_tokens=24)
+    evaluation = evaluate_episodes(
         rollout,
         actor=four.actor,
         ref=four.ref,
         reward=four.reward,
         critic=four.critic,
-        kl_coef=BETA,
-        ppo=ppo or config.PPO(micro_batch_tokens=24),
+        ppo=settings,
         temperature=temperature,
-        score_statistics=STATISTICS,
     )
+    made = make_experience(rollout, evaluation, settings, kl_coef=BETA, score_statistics=STATISTICS)
+    return made, evaluation.raw_scores
 
 
 def ppo(**settings: Any) -> config.PPO:

@@ -20,6 +20,7 @@ from rlhf_tasks.head import Head
 from rlhf_tasks.ppo.experience import (
     Episodes,
     Experience,
+    evaluate_episodes,
     make_experience,
     per_token,
     policy_measures,
@@ -61,11 +62,10 @@ def models(_four: Any) -> Any:
 
 def experience(models: Any, of: Episodes, **options: Any) -> Experience:
     ppo = config.PPO(**({"minibatches": 1, "score": config.Score(kind="raw")} | options))
-    made, _ = make_experience(
-        of, actor=models.actor, ref=models.ref, reward=models.reward, critic=models.critic, kl_coef=0.3, ppo=ppo,
-        temperature=0.8, score_statistics=(0.0, 1.0),
-    )  # fmt: skip
-    return made
+    evaluation = evaluate_episodes(
+        of, actor=models.actor, ref=models.ref, reward=models.reward, critic=models.critic, ppo=ppo, temperature=0.8
+    )
+    return make_experience(of, evaluation, ppo, kl_coef=0.3, score_statistics=(0.0, 1.0))
 
 
 def logprobs(models: Any, of: Episodes, micro_batch_tokens: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_tasks import config, head
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.ppo.experience import Episodes, Experience, make_experience
+from rlhf_tasks.ppo.experience import Episodes, Experience, evaluate_episodes, make_experience
 from rlhf_tasks.ppo.optimization import Learner, optimize
 from rlhf_tasks.training import adamw, optimizer_tensors
 
@@ -25,11 +25,10 @@ def ppo(**settings: Any) -> config.PPO:
 
 
 def experience(four: Any, rollout: Episodes) -> Experience:
-    made, _ = make_experience(
-        rollout, actor=four.actor, ref=four.ref, reward=four.reward, critic=four.critic, kl_coef=0.1,
-        ppo=ppo(), temperature=0.8, score_statistics=(0.0, 1.0),
-    )  # fmt: skip
-    return made
+    evaluation = evaluate_episodes(
+        rollout, actor=four.actor, ref=four.ref, reward=four.reward, critic=four.critic, ppo=ppo(), temperature=0.8
+    )
+    return make_experience(rollout, evaluation, ppo(), kl_coef=0.1, score_statistics=(0.0, 1.0))
 
 
 class Descent(torch.optim.SGD):
