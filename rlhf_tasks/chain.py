@@ -25,7 +25,13 @@ log = logging.getLogger(__name__)
 
 ITERATION = "ppo-iteration"
 PAYLOADS_KEPT = 2
-STATE = {"actor", "critic", "actor_optimizer.safetensors", "critic_optimizer.safetensors", "state.json"}
+STATE = {
+    "actor.safetensors",
+    "critic.safetensors",
+    "actor_optimizer.safetensors",
+    "critic_optimizer.safetensors",
+    "state.json",
+}
 SHORTEST = 1e-6  # seconds: somebody else's manifest may say 0
 SAVING_SHARE = 0.05  # of the time, with `saving.iterations_per_task: auto`
 
@@ -143,7 +149,12 @@ def finish(workspace: Workspace, job: Job, iterations: list[Entry]) -> Entry:
         last.verify()
         run = importlib.import_module(stage.module).run
         metrics = run(
-            state=last.payload, sft=workspace.root / stage.inputs["sft"], last=last.manifest["metrics"], out=out
+            seed=workspace.params.seed,
+            ppo=workspace.params.ppo,
+            state=last.payload,
+            sft=workspace.root / stage.inputs["sft"],
+            last=last.manifest["metrics"],
+            out=out,
         )
         series = [row for entry in iterations for row in entry.manifest["series"]]
         engine.save_curve(stage, out, series)

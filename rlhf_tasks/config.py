@@ -191,6 +191,7 @@ class Reward(Supervised):
     margin_scale: NonNegative = 0.0
     center: NonNegative = 0.0
     statistics_samples: Annotated[int, Field(ge=2)] = 512
+    trainable_layers: Count | None = None
 
 
 class KL(Section):
@@ -275,6 +276,7 @@ class PPO(Section):
     target_kl: Positive | None = None
     critic_start: Literal["reward", "sft"] = "reward"
     critic_warmup: Annotated[int, Field(ge=0)] = 0
+    trainable_layers: Count | None = None
     kl: KL = KL()
     score: Score = Score()
     missing_eos: MissingEOS = MissingEOS()
@@ -342,6 +344,17 @@ class Params(Section):
     register_: Register = Field(default=Register(), alias="register")
     saving: Saving = Saving()
     tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _one_trunk(self) -> Params:
+        of_reward, of_ppo = self.reward.trainable_layers, self.ppo.trainable_layers
+        if of_ppo is not None and (of_reward is None or of_reward > of_ppo):
+            raise ValueError(
+                f"`ppo.trainable_layers: {of_ppo}` shares one trunk among four models, but the Reward learns "
+                f"{'everywhere' if of_reward is None else f'in its top {of_reward} layers'}; expected "
+                f"`reward.trainable_layers` of at most {of_ppo}"
+            )
+        return self
 
     def section(self, name: str) -> Any:
         """The value at a dotted key, as params.yaml spells it: `ppo.kl`, `register`."""

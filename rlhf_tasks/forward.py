@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import ModuleList
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -32,6 +33,12 @@ def hidden_states(model: Any, line: Line, cache: Cache | None = None) -> Tensor:
         cache: keys and values of what the texts had before, to which this line's are added.
     """
     return _read(model, _Reading(line, cache))
+
+
+def hidden_and_trunk_states(model: Any, line: Line, cache: Cache | None = None) -> tuple[Tensor, Tensor | None]:
+    """`hidden_states`, and what the model's frozen trunk (trunk.py), if it has one, made of the tokens, `[N, d]`."""
+    reading = _Reading(line, cache)
+    return _read(model, reading), reading.trunk
 
 
 def windows(model: Any, line: Line) -> list[int | None]:
@@ -103,6 +110,7 @@ class _Reading:
         self.rows, self.width = len(line.lengths), max(line.lengths)
         self.even = self.rows * self.width == line.ids.shape[0]
         self.windows: list[int | None] = []
+        self.trunk = line.trunk
 
     @cached_property
     def _cells(self) -> Tensor:
@@ -144,7 +152,34 @@ class _Reading:
         return seen.expand(self.rows if seen.dim() == 4 else 1, 1, -1, -1).to(self.line.ids.device)
 
 
-_READING: ContextVar[_Reading] = ContextVar("reading")
+_READING: ContextVar[_Reading | None] = ContextVar("reading", default=None)
+
+
+class _Below:
+    """A layer of a frozen trunk: it does nothing where what the trunk makes of the tokens is known."""
+
+    def forward(self, *states: Any, **options: Any) -> Any:
+        reading = _READING.get()
+        return super().forward(*states, **options) if reading is None or reading.trunk is None else states[0]  # type: ignore[misc]
+
+
+class _Last:
+    """A frozen trunk's last layer: it notes what it makes of the tokens, and gives that where it is known."""
+
+    def forward(self, *states: Any, **options: Any) -> Any:
+        reading = _READING.get()
+        if reading is None:
+            return super().forward(*states, **options)  # type: ignore[misc]
+        if reading.trunk is None:
+            reading.trunk = super().forward(*states, **options)[0]  # type: ignore[misc]
+        return reading.trunk[None]
+
+
+def make_trunk(layers: ModuleList) -> None:
+    """Have layers, a model's first, take what they make of a line from the line where it is known, and note it else."""
+    for layer in layers:
+        kind, own = _Last if layer is layers[-1] else _Below, type(layer)
+        layer.__class__ = type(own.__name__, (kind, own), {})
 
 
 def _attend(
@@ -160,6 +195,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attention within each text of a line, called by the layers of transformers: `[1, H, N, D] -> [1, N, H, D]`."""
     reading = _READING.get()
+    assert reading
     reading.windows.append(sliding_window)
     query, key, value = (reading.spread(x) for x in (query, key, value))
     if reading.cache is not None:

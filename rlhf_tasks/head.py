@@ -125,5 +125,6 @@ class _Measures(torch.autograd.Function):
         if slope is not None:
             gradient *= slope
         gradient = gradient.to(states.dtype)
-        for_bias = gradient.sum(0) if ctx.has_bias else None
-        return gradient.T @ states, gradient @ weight, for_bias, None, None, None, None
+        for_bias = gradient.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        for_weight = gradient.T @ states if ctx.needs_input_grad[0] else None
+        return for_weight, gradient @ weight, for_bias, None, None, None, None

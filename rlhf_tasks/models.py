@@ -7,11 +7,13 @@ dropout off, in float32, from safetensors; code from a model's folder is never r
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -19,9 +21,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.seeds import derive_seed
+from rlhf_tasks.trunk import frozen_names
 
 if TYPE_CHECKING:
     from rlhf_tasks import config
@@ -88,10 +92,29 @@ def freeze(model: Any) -> Any:
 
 
 def save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
-    """Write a Hugging Face folder: config, safetensors and, if given, the tokenizer."""
+    """Write a Hugging Face folder: config, safetensors and, if given, the tokenizer.
+
+    A frozen trunk is a shard of its own, the same file in the folder of every model that has it: DVC keeps it once.
+    """
     model.save_pretrained(folder)
+    if frozen := frozen_names(model):
+        _split_weights(folder, frozen)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _split_weights(folder: Path, first: Collection[str]) -> None:
+    """Make two shards of a folder's weights, those named and the others, as transformers reads them."""
+    whole = folder / SAFE_WEIGHTS_NAME
+    weights, weight_map = load_file(whole), dict[str, str]()
+    for number, names in enumerate((weights.keys() & set(first), weights.keys() - set(first)), start=1):
+        shard = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: weights[name] for name in sorted(names)}, folder / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(sorted(names), shard)
+    size = sum(weight.nbytes for weight in weights.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=1))
+    whole.unlink()
 
 
 def load_score_statistics(reward: Path) -> tuple[float, float]:

@@ -35,6 +35,7 @@ from rlhf_tasks.ppo.rollout import Sampling, sample
 from rlhf_tasks.reward import SCORING_BATCH_TOKENS, pairwise_loss, score_texts
 from rlhf_tasks.sft import learn_rows
 from rlhf_tasks.training import adamw, clipped_step, gradient_norm
+from rlhf_tasks.trunk import freeze_trunk, learning, share_trunk
 
 FLOAT = 4  # bytes of a weight, a gradient, each of Adam's two moments
 CPU = torch.device("cpu")
@@ -174,7 +175,9 @@ def _reward(params: Params, settings: Any, amounts: Amounts) -> Iterator[Phase]:
     rows, length = _cut(params.reward.batch_tokens // 2, amounts.longest)
     with without_data() as meter:
         scorer = _scorer(settings)
-        optimizer = adamw(scorer.parameters(), params.reward.learning_rate)
+        if params.reward.trainable_layers:
+            freeze_trunk(scorer, params.reward.trainable_layers, "reward.trainable_layers")
+        optimizer = adamw(learning(scorer).values(), params.reward.learning_rate)
 
         def step() -> None:
             scores = score_texts(scorer, [[1] * length] * 2 * rows, CPU)
@@ -205,7 +208,7 @@ def _ppo(params: Params, settings: Any, amounts: Amounts, budget: int) -> Iterat
             need += micro.times(ppo.batch / rows * passes)
             need += _difference(whole, micro).times(ppo.minibatches * passes)
         yield Phase("ppo", "optimization", need, tokens * ppo.epochs)
-        largest = 2 * FLOAT * max(_weights(four.actor), _weights(four.critic))
+        largest = 2 * FLOAT * max(sum(p.numel() for p in learning(m).values()) for m in (four.actor, four.critic))
         yield Phase("ppo", "saving", Need(meter.held + largest), 0)
 
 
@@ -215,7 +218,13 @@ class _FourModels:
     def __init__(self, meter: Meter, params: Params, settings: Any, amounts: Amounts) -> None:
         self.meter, self.params, self.amounts = meter, params, amounts
         self.actor, self.ref, self.reward, self.critic = (make(settings) for make in (_actor, _actor, _scorer, _scorer))
-        self.optimizers = [adamw(model.parameters(), 1e-4) for model in (self.actor, self.critic)]
+        self.states = None  # of a trunk, a token
+        if params.ppo.trainable_layers:
+            for model in (self.actor, self.ref, self.reward, self.critic):
+                freeze_trunk(model, params.ppo.trainable_layers, "ppo.trainable_layers")
+                share_trunk(model, self.actor)
+            self.states = torch.zeros(1, settings.hidden_size)
+        self.optimizers = [adamw(learning(model).values(), 1e-4) for model in (self.actor, self.critic)]
         self.learned(1)  # Adam has its moments from now on
 
     def drawn(self) -> Need:
@@ -254,7 +263,9 @@ class _FourModels:
         return found
 
     def _batch(self, rows: int) -> Batch:
-        return _batch(rows, max(1, round(self.amounts.prompt)), self.params.generation.max_new_tokens)
+        prompt, new = max(1, round(self.amounts.prompt)), self.params.generation.max_new_tokens
+        known = None if self.states is None else [self.states.expand(prompt + new, -1)] * rows
+        return _batch(rows, prompt, new, known)
 
 
 def _evaluate(params: Params, settings: Any, amounts: Amounts) -> Iterator[Phase]:
@@ -325,8 +336,8 @@ def _texts(budget: int, length: int) -> list[list[int]]:
     return [[1] * length] * max(1, budget // length)
 
 
-def _batch(rows: int, prompt: int, new: int) -> Batch:
-    return Batch.of([[1] * prompt] * rows, [[1] * new] * rows, CPU)
+def _batch(rows: int, prompt: int, new: int, trunk: list[Tensor] | None = None) -> Batch:
+    return Batch.of([[1] * prompt] * rows, [[1] * new] * rows, CPU, trunk)
 
 
 def _experience(tokens: int) -> Experience:

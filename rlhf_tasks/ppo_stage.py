@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf_tasks.data.tables import TokenColumn, read_table
+from rlhf_tasks.errors import UserError
 from rlhf_tasks.models import (
     freeze,
     load_actor,
@@ -34,7 +35,15 @@ from rlhf_tasks.ppo.iteration import Fixed, PPOState, iterate
 from rlhf_tasks.ppo.optimization import Learner
 from rlhf_tasks.ppo.rollout import Sampling
 from rlhf_tasks.reward_function import load_reward_function
-from rlhf_tasks.training import DAMAGE, adamw, load_optimizer_tensors, optimizer_tensors
+from rlhf_tasks.training import (
+    DAMAGE,
+    adamw,
+    learned_tensors,
+    load_learned_tensors,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from rlhf_tasks.trunk import freeze_trunk, learning, same_trunk, share_trunk
 
 if TYPE_CHECKING:
     from rlhf_tasks import config
@@ -77,16 +86,17 @@ class Trainer:
         """
         warn_of_bias(generation, ppo)
         device, tokenizer = set_up_torch(runtime), load_tokenizer(sft)
-        actor = load_actor(parent / "actor" if parent else sft, device)
-        if parent:
-            critic = load_scorer(parent / "critic", device)
-        elif ppo.critic_start == "reward":
+        actor = _cut(load_actor(sft, device), ppo)
+        ref = _on_trunk_of(actor, load_actor(sft, device), ppo)
+        scorer = _on_trunk_of(actor, load_scorer(reward, device), ppo)
+        if ppo.critic_start == "reward":
             critic = load_scorer(reward, device)
         else:
             critic = new_scorer(sft, tokenizer, seed, "critic", device)
+        critic = _on_trunk_of(actor, critic, ppo)
         state = PPOState(
-            actor=Learner(actor, adamw(actor.parameters(), ppo.actor_learning_rate)),
-            critic=Learner(critic, adamw(critic.parameters(), ppo.critic_learning_rate)),
+            actor=Learner(actor, adamw(learning(actor).values(), ppo.actor_learning_rate)),
+            critic=Learner(critic, adamw(learning(critic).values(), ppo.critic_learning_rate)),
             kl_control=FixedKL(ppo.kl.coef)
             if ppo.kl.controller == "fixed"
             else AdaptiveKL(ppo.kl.coef, ppo.kl.target, ppo.kl.horizon),
@@ -95,8 +105,8 @@ class Trainer:
             else None,
         )
         fixed = Fixed(
-            ref=freeze(load_actor(sft, device)),
-            reward=freeze(load_scorer(reward, device)),
+            ref=freeze(ref),
+            reward=freeze(scorer),
             prompts=TokenColumn(read_table(prompts / "train.arrow", ["input_ids"]), "input_ids"),
             sampling=Sampling.of(generation, stop_ids(actor, tokenizer, generation.stop)),
             score_statistics=load_score_statistics(reward),
@@ -120,6 +130,27 @@ class Trainer:
         save_state(out, self.state)
 
 
+def _cut(model: Any, ppo: config.PPO) -> Any:
+    """The model, with all below its top layers frozen if the settings say so."""
+    return freeze_trunk(model, ppo.trainable_layers, "ppo.trainable_layers") if ppo.trainable_layers else model
+
+
+def _on_trunk_of(actor: Any, model: Any, ppo: config.PPO) -> Any:
+    """The model, cut, and with the Actor's trunk in place of its own.
+
+    Raises:
+        UserError: its own is another.
+    """
+    _cut(model, ppo)
+    if not same_trunk(model, actor):
+        raise UserError(
+            f"ppo.trainable_layers: found {ppo.trainable_layers}, but the Reward has learned below its top "
+            f"{ppo.trainable_layers} layers; train it with a `reward.trainable_layers` of at most as many"
+        )
+    share_trunk(model, actor)
+    return model
+
+
 def warn_of_bias(generation: config.Generation, ppo: config.PPO) -> None:
     """Say of settings that exist for parity with peers what they do to PPO."""
     if generation.top_k is not None or generation.top_p is not None:
@@ -131,10 +162,12 @@ def warn_of_bias(generation: config.Generation, ppo: config.PPO) -> None:
 
 
 def save_state(out: Path, state: PPOState) -> None:
-    """Write Actor, Critic, both optimizers, β, the price of a cut and the counter: safetensors and JSON only."""
-    save_model(state.actor.model, out / "actor")
-    save_model(state.critic.model, out / "critic")
+    """Write Actor and Critic, but for a trunk that is SFT's, both optimizers, β, the price of a cut and the counter:
+    safetensors and JSON only.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     for name, learner in (("actor", state.actor), ("critic", state.critic)):
+        save_file(learned_tensors(learner.model), out / f"{name}.safetensors")
         save_file(optimizer_tensors(learner.optimizer), out / f"{name}_optimizer.safetensors")
     facts: dict[str, Any] = {"iteration": state.iteration, "kl_coef": state.kl_control.coef}
     if control := state.length_control:
@@ -143,8 +176,9 @@ def save_state(out: Path, state: PPOState) -> None:
 
 
 def load_state(folder: Path, state: PPOState) -> None:
-    """Put back what `save_state` wrote beside the models."""
+    """Put back what `save_state` wrote."""
     for name, learner in (("actor", state.actor), ("critic", state.critic)):
+        load_learned_tensors(learner.model, load_file(folder / f"{name}.safetensors"))
         load_optimizer_tensors(learner.optimizer, load_file(folder / f"{name}_optimizer.safetensors"))
     facts = json.loads((folder / "state.json").read_text())
     state.iteration, state.kl_control.coef = facts["iteration"], facts["kl_coef"]
@@ -152,11 +186,12 @@ def load_state(folder: Path, state: PPOState) -> None:
         state.length_control = replace(state.length_control, **facts["length_control"])
 
 
-def run(*, state: Path, sft: Path, last: dict[str, float], out: Path) -> dict[str, float]:
+def run(*, seed: int, ppo: config.PPO, state: Path, sft: Path, last: dict[str, float], out: Path) -> dict[str, float]:
     """Make the stage's result from the last iteration's state: `actor/`, `critic/` and `metrics.json` in `out`."""
-    tokenizer = load_tokenizer(sft)
-    for name in ("actor", "critic"):
-        shutil.copytree(state / name, out / name, copy_function=shutil.copyfile)
-        tokenizer.save_pretrained(out / name)
+    tokenizer, cpu = load_tokenizer(sft), torch.device("cpu")
+    models = {"actor": load_actor(sft, cpu), "critic": new_scorer(sft, tokenizer, seed, "critic", cpu)}
+    for name, model in models.items():
+        load_learned_tensors(_cut(model, ppo), load_file(state / f"{name}.safetensors"))
+        save_model(model, out / name, tokenizer)
     (out / "metrics.json").write_text(json.dumps(last, indent=1))
     return last

@@ -29,6 +29,7 @@ from rlhf_tasks.models import (
 from rlhf_tasks.ppo.rollout import Sampling, sample_responses
 from rlhf_tasks.seeds import permutation
 from rlhf_tasks.training import Progress, adamw, fit, length_batches
+from rlhf_tasks.trunk import freeze_trunk, learning
 
 if TYPE_CHECKING:
     from rlhf_tasks import config
@@ -76,6 +77,8 @@ def run(
     device = set_up_torch(runtime)
     tokenizer = load_tokenizer(sft)
     model = new_scorer(sft, tokenizer, seed, "reward", device)
+    if reward.trainable_layers:
+        freeze_trunk(model, reward.trainable_layers, "reward.trainable_layers")
     _check_room(model, prompts, generation)
     train, heldout = (Pairs(pairs / f"{split}.arrow") for split in ("train", "heldout"))
 
@@ -221,6 +224,6 @@ def score_statistics(
 def _optimizer(model: Any, settings: config.Reward) -> torch.optim.AdamW:
     """A rate of its own for the new head: at the trunk's it hardly moves."""
     head = list(model.score.parameters())
-    trunk = [p for p in model.parameters() if all(p is not h for h in head)]
+    trunk = [p for p in learning(model).values() if all(p is not h for h in head)]
     groups = [{"params": trunk}, {"params": head, "lr": settings.head_learning_rate}]
     return adamw(groups, settings.learning_rate, settings.weight_decay)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.seeds import permutation
+from rlhf_tasks.trunk import learning
 
 if TYPE_CHECKING:
     from rlhf_tasks import config
@@ -191,13 +192,40 @@ def _adam_shapes(shape: torch.Size) -> dict[str, torch.Size]:
     return {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
 
 
+def learned_tensors(model: Any) -> dict[str, Tensor]:
+    """The weights of a model that learn, by name: with those that do not, they are the model."""
+    return {name: weight.detach().contiguous() for name, weight in learning(model).items()}
+
+
+def check_learned_tensors(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """See that tensors are a model's `learned_tensors`.
+
+    Raises:
+        ValueError: they are another's.
+    """
+    if _shapes(tensors) != _shapes(learning(model)):
+        raise ValueError("these are the weights of another model")
+
+
+@torch.no_grad()
+def load_learned_tensors(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Put `learned_tensors` back.
+
+    Raises:
+        ValueError: they are another model's.
+    """
+    check_learned_tensors(model, tensors)
+    for name, weight in learning(model).items():
+        weight.copy_(tensors[name])
+
+
 def save_training_state(partial: Path, model: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Replace the state of unfinished training; a kill at any moment leaves the old one or the new one."""
     folder = partial / f"step-{step:08d}"
     writing = partial / "writing"
     _remove(writing)
     writing.mkdir(parents=True)
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, writing / "model.safetensors")
+    save_file(learned_tensors(model), writing / "model.safetensors")
     save_file(optimizer_tensors(optimizer), writing / "optimizer.safetensors")
     digests = {file.name: _sha256(file) for file in writing.glob("*.safetensors")}
     (writing / "state.json").write_text(json.dumps({"step": step, "sha256": digests}))
@@ -237,13 +265,9 @@ def _load_training_state(folder: Path, model: Any, optimizer: torch.optim.Optimi
         if _sha256(folder / name) != state["sha256"][name]:
             raise ValueError(f"{name} is not what was written")
     weights, tensors = (load_file(folder / name) for name in files)
-    parameters = dict(model.named_parameters())
-    if _shapes(weights) != _shapes(parameters):
-        raise ValueError("model.safetensors holds other weights")
+    check_learned_tensors(model, weights)
     load_optimizer_tensors(optimizer, tensors)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+    load_learned_tensors(model, weights)
     return step
 
 

@@ -113,12 +113,13 @@ SHAPES = {
 }
 
 
-def write_shape(name: str, folder: Path, seed: int = 0) -> Any:
+def write_shape(name: str, folder: Path, seed: int = 0, layers: int = 2) -> Any:
     """A base folder of a shape, with weights at which tokens, positions and layers matter. Gives its model."""
     shape = SHAPES[name]
     tokenizer = make_tokenizer(shape.specials, **shape.named)
     ids = {which: getattr(tokenizer, f"{which}_token_id") for which in ("bos", "eos", "pad")}
     settings = shape.settings | {f"{which}_token_id": found for which, found in ids.items()}
+    settings["n_layer" if "n_layer" in settings else "num_hidden_layers"] = layers
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(

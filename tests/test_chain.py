@@ -210,7 +210,7 @@ def test_going_on_starts_from_the_last_whole_state(
 def test_a_damaged_parent_is_not_trained_on(copy: Workspace) -> None:
     known = chain.known(copy)
     copy.store.discard(known[2].folder.name)
-    flip_bit(known[1].payload / "critic/model.safetensors")
+    flip_bit(known[1].payload / "critic.safetensors")
     with pytest.raises(DamagedEntry):
         chain.advance(copy, known[:2], ignore)
 

@@ -94,6 +94,22 @@ def test_every_stage_that_works_is_planned(sketch: Workspace) -> None:
 
 
 @pytest.mark.slow
+def test_a_trunk_for_four_is_planned(sketch: Workspace) -> None:
+    """Memory for one trunk and what is above it, work for the layers that are run and learn."""
+    settings = settings_of(sketch.root, sketch.params)
+    top = with_params(sketch, "ppo.trainable_layers=1", "reward.trainable_layers=1").params
+    whole, cut = (
+        {(phase.stage, phase.name): phase.need for phase in phases(params, settings, AMOUNTS)}
+        for params in (sketch.params, top)
+    )
+    assert cut["ppo", "saving"].peak < 0.8 * whole["ppo", "saving"].peak
+    for name in ("evaluation", "optimization"):
+        assert cut["ppo", name].flops < 0.8 * whole["ppo", name].flops
+    assert cut["ppo", "rollout"].flops == whole["ppo", "rollout"].flops
+    assert cut["reward", "training"].flops < 0.9 * whole["reward", "training"].flops
+    assert cut["sft", "training"] == whole["sft", "training"]
+
+
 def test_the_largest_micro_batch_is_the_largest(sketch: Workspace) -> None:
     params = with_params(sketch, "ppo.batch=64", "generation.max_new_tokens=20").params
 

@@ -23,17 +23,20 @@ class Line:
         ids: the tokens, `[N]`.
         lengths: tokens of each text, B of them.
         starts: the position of each text's first token; above 0 where a text goes on that was begun before.
+        trunk: what a frozen trunk (trunk.py) makes of the tokens, `[N, d]`, where that is known already.
     """
 
     ids: Tensor
     lengths: tuple[int, ...]
     starts: tuple[int, ...]
+    trunk: Tensor | None = None
 
     @classmethod
-    def of(cls, texts: Sequence[TokenRow], device: torch.device) -> Line:
-        """B whole texts."""
+    def of(cls, texts: Sequence[TokenRow], device: torch.device, trunk: Sequence[Tensor] | None = None) -> Line:
+        """B whole texts; `trunk` of each, `[L, d]`."""
         ids = np.concatenate([np.asarray(text, dtype=np.int64) for text in texts])
-        return cls(torch.from_numpy(ids).to(device), tuple(map(len, texts)), (0,) * len(texts))
+        known = torch.cat(list(trunk)) if trunk is not None else None
+        return cls(torch.from_numpy(ids).to(device), tuple(map(len, texts)), (0,) * len(texts), known)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -60,12 +63,18 @@ class Batch:
     places: Tensor
 
     @classmethod
-    def of(cls, prompts: Sequence[TokenRow], responses: Sequence[TokenRow], device: torch.device) -> Batch:
-        """Join B prompts and B responses."""
+    def of(
+        cls,
+        prompts: Sequence[TokenRow],
+        responses: Sequence[TokenRow],
+        device: torch.device,
+        trunk: Sequence[Tensor] | None = None,
+    ) -> Batch:
+        """Join B prompts and B responses; `trunk` as in `Line.of`."""
         texts = [np.concatenate([prompt, answer]) for prompt, answer in zip(prompts, responses, strict=True)]
         ends = np.cumsum([len(text) for text in texts])
         places = [np.arange(end - len(answer), end) for end, answer in zip(ends, responses, strict=True)]
-        return cls(Line.of(texts, device), torch.from_numpy(np.concatenate(places)).to(device))
+        return cls(Line.of(texts, device, trunk), torch.from_numpy(np.concatenate(places)).to(device))
 
     @property
     def tokens(self) -> Tensor:

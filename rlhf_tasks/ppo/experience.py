@@ -41,7 +41,9 @@ class Episodes:
 
     def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
         """Some episodes as tensors."""
-        return Batch.of([self.prompts[i] for i in rows], [self.responses[i] for i in rows], device)
+        known = self.drawn.trunk if self.drawn else None
+        trunk = [known[i] for i in rows] if known else None
+        return Batch.of([self.prompts[i] for i in rows], [self.responses[i] for i in rows], device, trunk)
 
 
 @dataclass(frozen=True)

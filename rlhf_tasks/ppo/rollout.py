@@ -8,7 +8,7 @@ uniform number that belongs to (purpose, episode, position).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf_tasks.data.batching import Line, TokenRow
-from rlhf_tasks.forward import Cache, hidden_states
+from rlhf_tasks.forward import Cache, hidden_and_trunk_states
 from rlhf_tasks.head import LEAST, Head
 from rlhf_tasks.seeds import derive_seed
 
@@ -57,11 +57,13 @@ class Rollout:
         responses: B token lists.
         logprobs, entropies: of each token and of the distribution that it was drawn from, before top-k and top-p,
             at `temperature`; B lists.
+        trunk: what the Actor's frozen trunk, if it has one, made of prompt and response, B times `[L, d]`.
     """
 
     responses: list[list[int]]
     logprobs: list[list[float]]
     entropies: list[list[float]]
+    trunk: list[Tensor] | None = None
 
 
 @torch.no_grad()
@@ -75,26 +77,45 @@ def sample_responses(
     """
     device, head = next(actor.parameters()).device, Head.of(actor)
     draws = uniforms(len(prompts), sampling.length, seed_names).to(device)
-    stops = set(sampling.stop_ids)
     found = Rollout([[] for _ in prompts], [[] for _ in prompts], [[] for _ in prompts])
+    parts: list[list[Tensor]] = [[] for _ in prompts]
     rows, cache = list(range(len(prompts))), Cache(max(map(len, prompts)) + sampling.length)
-    line = Line.of(prompts, device)
-    for place in range(sampling.length):
-        states = hidden_states(actor, line, cache)[line.ends]
+    line, place = Line.of(prompts, device), 0
+
+    def unfinished() -> list[int]:
+        """Which of the rows that are read go on."""
+        answers = (found.responses[row] for row in rows)
+        return [i for i, r in enumerate(answers) if not r or (len(r) < sampling.length and r[-1] not in stops)]
+
+    stops, trunk = set(sampling.stop_ids), None
+    while rows:
+        states, trunk = hidden_and_trunk_states(actor, line, cache)
+        states = states[line.ends]
+        if trunk is not None:  # finished rows leave when their last token is read too: the Reward needs it
+            for row, part in zip(rows, trunk.split(line.lengths), strict=True):
+                parts[row].append(part)
+            rows, states = _keep(unfinished(), rows, states, cache)
+            if not rows:
+                break
         drawn = sample(head.logits(states), draws[rows, place], sampling)
         for row, token, logprob, entropy in zip(rows, *(x.tolist() for x in drawn), strict=True):
             found.responses[row].append(token)
             found.logprobs[row].append(logprob)
             found.entropies[row].append(entropy)
-        tokens, going_on = drawn.tokens, [i for i, row in enumerate(rows) if found.responses[row][-1] not in stops]
-        if not going_on:
-            break
-        if len(going_on) < len(rows):  # finished rows leave the batch
-            picked = torch.tensor(going_on, device=device)
-            cache.keep(going_on, picked)
-            rows, tokens = [rows[i] for i in going_on], tokens[picked]
+        tokens, place = drawn.tokens, place + 1
+        if trunk is None:
+            rows, tokens = _keep(unfinished(), rows, tokens, cache)
         line = Line(tokens, (1,) * len(rows), tuple(cache.lengths))
-    return found
+    return found if trunk is None else replace(found, trunk=[torch.cat(pieces) for pieces in parts])
+
+
+def _keep(going_on: list[int], rows: list[int], of_rows: Tensor, cache: Cache) -> tuple[list[int], Tensor]:
+    """Finished rows leave the batch. Returns those that go on, and what there is of them."""
+    if len(going_on) == len(rows):
+        return rows, of_rows
+    picked = torch.tensor(going_on, dtype=torch.long, device=of_rows.device)
+    cache.keep(going_on, picked)
+    return [rows[i] for i in going_on], of_rows[picked]
 
 
 class Drawn(NamedTuple):
