@@ -7,10 +7,11 @@ iteration of a run is a warm-up. Beside them stands what the machine can do, mea
 (float32, 2048 x 2048) and bytes (a large copy).
 
 The floor is the time that the work of an iteration takes at these rates, operations plus bytes. For a token of prompt
-or response, N weights in the trunk and V x d in the head, which only response tokens need: rollout and Ref 2 (N + V d),
-Reward and Critic 2 N each, an epoch of the update 6 (N + V d) for the Actor and 6 N for the Critic. Bytes: 28 a weight
-and optimizer step (AdamW in float32 reads and writes weight and two moments, and reads the gradient, which was
-written), and the Actor's weights once for every step of decoding.
+or response, N weights in the layers and V x d in the head, which only response tokens need: rollout and Ref
+2 (N + V d), Reward and Critic 2 N each, an epoch of the update 6 (N + V d) for the Actor and 6 N for the Critic. Bytes:
+28 a weight and optimizer step (AdamW in float32 reads and writes weight and two moments, and reads the gradient, which
+was written), and the Actor's weights once for every step of decoding. With `--trainable-layers`, N is that of the
+layers above the trunk but in the rollout, and a head that does not learn takes 4 V d of the update, not 6.
 """
 
 from __future__ import annotations
@@ -53,15 +54,19 @@ def main() -> None:
     workload = Workload.load(given.workload, given.model)
     configure_libraries()
     peer = peer_python() if given.peer else None
+    engine = [sys.executable, "-m", "benchmarks.ppo_engine"]
+    if given.trainable_layers:
+        engine += ["--trainable-layers", str(given.trainable_layers)]
     rates, ours, theirs = [], [], []
     for number in range(1, given.runs + 1):
         rates.append(measure_rates(given.threads))
-        ours.append(run([sys.executable, "-m", "benchmarks.ppo_engine"], given))
+        ours.append(run(engine, given))
         say(f"run {number}: engine {seconds_of(ours[-1]):.2f} s, {ours[-1]['peak_gib']:.2f} GiB")
         if peer:
             theirs.append(run([str(peer), str(HERE / "ppo_peer.py")], given))
             say(f"run {number}: TRL    {seconds_of(theirs[-1]):.2f} s, {theirs[-1]['peak_gib']:.2f} GiB")
-    result = summary(workload, rates, ours, theirs) | {"threads": given.threads}
+    told = {"threads": given.threads, "trainable_layers": given.trainable_layers}
+    result = summary(workload, rates, ours, theirs) | told
     print(table(result))
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -74,6 +79,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer", action="store_true", help="race TRL too; makes its virtual environment first")
     parser.add_argument("--runs", type=int, default=3, help="of each side, in turns")
     parser.add_argument("--iterations", type=int, default=4, help="of a run, the first of which is a warm-up")
+    parser.add_argument("--trainable-layers", type=int, help="of the engine's models; TRL trains all of them")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="where the numbers go too")
     given = parser.parse_args()
@@ -190,13 +196,14 @@ def summary(workload: Workload, rates: list[Rates], ours: list[Run], theirs: lis
 def operations(workload: Workload, sizes: dict[str, int], iterations: list[dict[str, float]]) -> dict[str, float]:
     """Floating-point operations of a phase, mean over iterations, by the formula above."""
     tokens = statistics.mean(i["prompt_tokens"] + i["response_tokens"] for i in iterations)
-    trunk = sizes["trunk"] * tokens
+    layers, top = sizes["layers"] * tokens, sizes["learning_layers"] * tokens
     head = sizes["head"] * statistics.mean(i["response_tokens"] for i in iterations)
+    head_update = 6 if sizes["head_learns"] else 4
     return {
-        "rollout": 2 * (trunk + head),
-        "evaluation": 2 * (trunk + head) + 4 * trunk,
+        "rollout": 2 * (layers + head),
+        "evaluation": 2 * (top + head) + 4 * top,
         "experience": 0.0,
-        "optimization": workload.epochs * (6 * (trunk + head) + 6 * trunk),
+        "optimization": workload.epochs * (12 * top + head_update * head),
     }
 
 
@@ -205,15 +212,16 @@ def floor_seconds(
 ) -> float:
     """What an iteration takes at the machine's own rates."""
     steps = statistics.mean(i["steps"] for i in iterations)
-    moved = ADAMW_BYTES * sizes["learning"] * workload.optimizer_steps + steps * 4 * (sizes["trunk"] + sizes["head"])
+    moved = ADAMW_BYTES * sizes["learning"] * workload.optimizer_steps + steps * 4 * (sizes["layers"] + sizes["head"])
     return flops / machine.flops + moved / machine.bandwidth
 
 
 def table(result: dict[str, Any]) -> str:
     """The numbers as Markdown."""
     engine, machine = result["engine"], result["machine"]
+    top = f", top {result['trainable_layers']} layers" if result["trainable_layers"] else ""
     lines = [
-        f"**{result['workload']}**, {result['threads']} threads, {machine['matrix_gflops']:.0f} GFLOP/s, "
+        f"**{result['workload']}**{top}, {result['threads']} threads, {machine['matrix_gflops']:.0f} GFLOP/s, "
         f"{machine['copy_gb_per_second']:.1f} GB/s, {engine['tokens']:.0f} tokens an iteration",
         "",
         "| phase | seconds | tokens/s | of the matrix rate |",

@@ -30,6 +30,7 @@ from rlhf_tasks.ppo.optimization import Learner
 from rlhf_tasks.ppo.rollout import Sampling
 from rlhf_tasks.ppo_stage import save_state
 from rlhf_tasks.training import adamw
+from rlhf_tasks.trunk import freeze_trunk, frozen_names, learning, share_trunk
 
 GIB = 2**30
 
@@ -40,10 +41,11 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--trainable-layers", type=int)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     workload = Workload.load(given.workload, given.model)
-    state, fixed, ppo = start(workload)
+    state, fixed, ppo = start(workload, given.trainable_layers)
     iterations = [one(state, fixed, ppo, workload) for _ in range(given.iterations)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     with tempfile.TemporaryDirectory() as folder:
@@ -53,11 +55,15 @@ def main() -> None:
     print(json.dumps({"iterations": iterations, "peak_gib": peak, "save_s": save, "sizes": sizes(state)}))
 
 
-def start(workload: Workload) -> tuple[PPOState, Fixed, config.PPO]:
-    """The four models and the settings of a workload, as its peer has them."""
-    tokenizer = AutoTokenizer.from_pretrained(workload.model)
+def start(workload: Workload, trainable_layers: int | None) -> tuple[PPOState, Fixed, config.PPO]:
+    """The four models and the settings of a workload, as its peer has them; all on one trunk, if layers are told."""
+    tokenizer, rate = AutoTokenizer.from_pretrained(workload.model), workload.learning_rate
     actor, reward = models(workload, tokenizer)
-    critic, rate = copy.deepcopy(reward), workload.learning_rate
+    if trainable_layers:
+        for model in (actor, reward):
+            freeze_trunk(model, trainable_layers, "--trainable-layers")
+        share_trunk(reward, actor)
+    critic, ref = (copy_above_trunk(model) for model in (reward, actor))
     ppo = config.PPO(
         batch=workload.batch,
         minibatches=workload.minibatches,
@@ -70,14 +76,20 @@ def start(workload: Workload) -> tuple[PPOState, Fixed, config.PPO]:
     )
     stops = [tokenizer.convert_tokens_to_ids(workload.stop_token)] if workload.stop_token else []
     fixed = Fixed(
-        ref=freeze(copy.deepcopy(actor)),
+        ref=freeze(ref),
         reward=freeze(reward),
         prompts=[tokenizer(text)["input_ids"] for text in workload.prompts],
         sampling=Sampling(workload.response_length, 1.0, None, None, tuple(stops)),
         score_statistics=(0.0, 1.0),
     )
-    learners = [Learner(model, adamw(model.parameters(), rate)) for model in (actor, critic)]
+    learners = [Learner(model, adamw(learning(model).values(), rate)) for model in (actor, critic)]
     return PPOState(*learners, FixedKL(ppo.kl.coef)), fixed, ppo
+
+
+def copy_above_trunk(model: Any) -> Any:
+    """A copy on the same trunk."""
+    shared = {id(weight): weight for weight in (model.get_parameter(name) for name in frozen_names(model))}
+    return copy.deepcopy(model, shared)
 
 
 def models(workload: Workload, tokenizer: Any) -> tuple[Any, Any]:
@@ -106,13 +118,17 @@ def one(state: PPOState, fixed: Fixed, ppo: config.PPO, workload: Workload) -> d
 
 
 def sizes(state: PPOState) -> dict[str, int]:
-    """Weights of the Actor's trunk (without its embeddings), of its head, of both models that learn."""
+    """Weights of the Actor's layers, of those among them that learn, of its head, and all that learn in both models."""
     actor, critic = state.actor.model, state.critic.model
-    layers = sum(p.numel() for p in actor.base_model.parameters())
-    embeddings = actor.get_input_embeddings().weight.numel()
-    head = actor.get_output_embeddings().weight.numel()
-    learning = sum(p.numel() for model in (actor, critic) for p in model.parameters() if p.requires_grad)
-    return {"trunk": layers - embeddings, "head": head, "learning": learning}
+    embeddings, head = actor.get_input_embeddings().weight, actor.get_output_embeddings().weight
+    layers = [p for p in actor.base_model.parameters() if p is not embeddings]
+    return {
+        "layers": sum(p.numel() for p in layers),
+        "learning_layers": sum(p.numel() for p in layers if p.requires_grad),
+        "head": head.numel(),
+        "head_learns": int(head.requires_grad),
+        "learning": sum(p.numel() for model in (actor, critic) for p in learning(model).values()),
+    }
 
 
 if __name__ == "__main__":
