@@ -23,7 +23,7 @@ from transformers import (
 
 from benchmarks.workload import Workload
 from rlhf_tasks import config
-from rlhf_tasks.models import freeze
+from rlhf_tasks.models import freeze, set_up_torch
 from rlhf_tasks.ppo.functional import FixedKL
 from rlhf_tasks.ppo.iteration import Fixed, PPOState, iterate, pick_prompts
 from rlhf_tasks.ppo.optimization import Learner
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--trainable-layers", type=int)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    set_up_torch(config.Runtime(threads=given.threads))
     workload = Workload.load(given.workload, given.model)
     state, fixed, ppo = start(workload, given.trainable_layers)
     iterations = [one(state, fixed, ppo, workload) for _ in range(given.iterations)]

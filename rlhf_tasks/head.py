@@ -126,5 +126,13 @@ class _Measures(torch.autograd.Function):
             gradient *= slope
         gradient = gradient.to(states.dtype)
         for_bias = gradient.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        for_weight = gradient.T @ states if ctx.needs_input_grad[0] else None
+        for_weight = _add_product(weight, gradient.T, states) if ctx.needs_input_grad[0] else None
         return for_weight, gradient @ weight, for_bias, None, None, None, None
+
+
+def _add_product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
+    """Add a product to a weight's gradient, in place if there is one (gradients.py); else it is given back."""
+    if weight.grad is None:
+        return left @ right
+    weight.grad.addmm_(left, right)
+    return None

@@ -6,6 +6,7 @@ dropout off, in float32, from safetensors; code from a model's folder is never r
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rlhf_tasks import config
 
 LEAST_OF_A_LAYER = 32  # weights
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 SCORE_STATISTICS = "score_statistics.json"
 
 
@@ -44,7 +46,18 @@ def set_up_torch(runtime: config.Runtime) -> torch.device:
         raise UserError("runtime.device: found `cuda`, but torch sees no GPU here; set it to `cpu`")
     torch.set_num_threads(runtime.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass over each
+    _keep_freed_memory()
     return torch.device(runtime.device)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep memory that is freed for the next tensor: memory that the system gave anew costs most of a
+    millisecond a megabyte to touch. Tensors above 32 MB always come from the system."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:  # other C libraries have none
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -27,6 +27,7 @@ from rlhf_tasks.data.batching import Batch, Line
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.first_actor import scratch_settings
 from rlhf_tasks.forward import Cache, hidden_states
+from rlhf_tasks.gradients import GradientMemory
 from rlhf_tasks.head import Head
 from rlhf_tasks.meter import Meter, Need, without_data
 from rlhf_tasks.ppo.experience import Experience, policy_measures, response_scores, response_values, whole_kl
@@ -158,13 +159,14 @@ def _sft(params: Params, settings: Any, amounts: Amounts) -> Iterator[Phase]:
     rows, length = _cut(params.sft.batch_tokens, amounts.longest)
     with without_data() as meter:
         actor = _actor(settings)
-        optimizer = adamw(actor.parameters(), params.sft.learning_rate)
+        optimizer, memory = adamw(actor.parameters(), params.sft.learning_rate), GradientMemory()
         prompt = min(round(amounts.prompt), length - 1)
         batch = _batch(rows, prompt, length - prompt)
 
         def step() -> None:
-            learn_rows(actor, batch)
-            _step(actor, optimizer)
+            with memory.lent_to(actor):
+                learn_rows(actor, batch)
+                _step(actor, optimizer)
 
         need = _second(meter, step)
     tokens = params.sft.epochs * amounts.sft_rows * (amounts.prompt + amounts.response)
@@ -177,12 +179,13 @@ def _reward(params: Params, settings: Any, amounts: Amounts) -> Iterator[Phase]:
         scorer = _scorer(settings)
         if params.reward.trainable_layers:
             freeze_trunk(scorer, params.reward.trainable_layers, "reward.trainable_layers")
-        optimizer = adamw(learning(scorer).values(), params.reward.learning_rate)
+        optimizer, memory = adamw(learning(scorer).values(), params.reward.learning_rate), GradientMemory()
 
         def step() -> None:
-            scores = score_texts(scorer, [[1] * length] * 2 * rows, CPU)
-            pairwise_loss(scores[:rows], scores[rows:]).backward()
-            _step(scorer, optimizer)
+            with memory.lent_to(scorer):
+                scores = score_texts(scorer, [[1] * length] * 2 * rows, CPU)
+                pairwise_loss(scores[:rows], scores[rows:]).backward()
+                _step(scorer, optimizer)
 
         need = _second(meter, step)
         tokens = params.reward.epochs * amounts.pair_rows * 2 * (amounts.prompt + amounts.response)
@@ -225,6 +228,7 @@ class _FourModels:
                 share_trunk(model, self.actor)
             self.states = torch.zeros(1, settings.hidden_size)
         self.optimizers = [adamw(learning(model).values(), 1e-4) for model in (self.actor, self.critic)]
+        self.memory = GradientMemory()
         self.learned(1)  # Adam has its moments from now on
 
     def drawn(self) -> Need:
@@ -253,10 +257,9 @@ class _FourModels:
             partial(critic_gradient, self.critic, batch, part, count, ppo=ppo),
         )
         for model, optimizer, gradient in zip((self.actor, self.critic), self.optimizers, learn, strict=True):
-            with self.meter.measure() as micro:
+            with self.memory.lent_to(model), self.meter.measure() as micro:
                 gradient()
-            optimizer.zero_grad(set_to_none=True)
-            with self.meter.measure() as whole:
+            with self.meter.measure() as whole, self.memory.lent_to(model):
                 gradient()
                 _step(model, optimizer)
             found += [micro[0], whole[0]]

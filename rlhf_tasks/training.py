@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.gradients import GradientMemory
 from rlhf_tasks.seeds import permutation
 from rlhf_tasks.trunk import learning
 
@@ -71,15 +72,18 @@ def fit(
     base_rates = [group["lr"] for group in optimizer.param_groups]
     step, saves = load_training_state(partial, model, optimizer, len(plan)), list[float]()
     started = saved_at = time.monotonic()
+    memory = GradientMemory()
     while step < len(plan):
         for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = rate * warmup_and_decay(step, len(plan), settings.warmup_fraction)
         epoch, batch = plan[step]
-        shown = learn(batch)
-        norm = gradient_norm(model)
-        if not torch.isfinite(norm):
-            raise UserError(f"training diverged at step {step + 1}: the gradient is {norm.item()}; lower learning_rate")
-        clipped_step(optimizer, norm, settings.max_grad_norm)
+        with memory.lent_to(model):
+            shown = learn(batch)
+            norm = gradient_norm(model)
+            if not torch.isfinite(norm):
+                text = f"training diverged at step {step + 1}: the gradient is {norm.item()}; lower learning_rate"
+                raise UserError(text)
+            clipped_step(optimizer, norm, settings.max_grad_norm)
         step += 1
         values = {**shown, "grad_norm": norm.item(), "epoch": epoch + 1}
         progress(done=step, total=len(plan), **values, learning_rate=optimizer.param_groups[0]["lr"])
@@ -146,14 +150,13 @@ def gradient_norm(model: Any) -> Tensor:
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, norm: Tensor, most: float) -> None:
-    """A step with the gradient cut to a norm of `most`, after which there is none.
+    """A step with the gradient cut to a norm of `most`.
 
     AdamW's fused step divides gradients by `grad_scale` as it reads them: clipping costs no pass of its own.
     """
     optimizer.grad_scale = ((norm + CLIP_EPS) / most).clamp(min=1).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optimizer.zero_grad(set_to_none=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "") -> dict[str, Tensor]:

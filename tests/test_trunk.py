@@ -24,6 +24,7 @@ from rlhf_tasks.doctor import _OF_MODELS
 from rlhf_tasks.doctor.first_batch import FirstBatch
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.forward import hidden_and_trunk_states, hidden_states
+from rlhf_tasks.gradients import GradientMemory
 from rlhf_tasks.head import Head
 from rlhf_tasks.models import freeze, load_actor, load_tokenizer, new_scorer, save_model
 from rlhf_tasks.ppo.experience import Episodes
@@ -185,7 +186,7 @@ def test_an_iterations_weights_are_those_of_the_plain_path(four: list[Any]) -> N
         evaluation = evaluate(state, fixed, ppo, episodes)
         optimize(
             episodes, experience_of(state, fixed, ppo, episodes, evaluation), actor=state.actor, critic=state.critic,
-            ppo=ppo, temperature=0.9, update_actor=True, seed_names=(0, "ppo", 1),
+            ppo=ppo, temperature=0.9, update_actor=True, seed_names=(0, "ppo", 1), memory=GradientMemory(),
         )  # fmt: skip
         found.append([learning(learner.model) for learner in (state.actor, state.critic)])
     for one, other, before in zip(*found, (four[0], four[3]), strict=True):

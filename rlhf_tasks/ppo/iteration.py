@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf_tasks.data.batching import TokenRow
+from rlhf_tasks.gradients import GradientMemory
 from rlhf_tasks.ppo.experience import (
     Episodes,
     Evaluation,
@@ -49,6 +50,7 @@ class PPOState:
     kl_control: FixedKL | AdaptiveKL
     iteration: int = 0
     length_control: LengthControl | None = None  # with `ppo.missing_eos.mode: steer`
+    gradient_memory: GradientMemory = field(default_factory=GradientMemory)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def iterate(state: PPOState, fixed: Fixed, ppo: config.PPO, seed: int) -> tuple[
         temperature=fixed.sampling.temperature,
         update_actor=iteration > ppo.critic_warmup,
         seed_names=(seed, "ppo", iteration),
+        memory=state.gradient_memory,
     )
     clock.lap("optimization")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_tasks.data.batching import Batch
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.forward import states_before
+from rlhf_tasks.gradients import GradientMemory
 from rlhf_tasks.head import Head
 from rlhf_tasks.head import learn as learn_tokens
 from rlhf_tasks.ppo.experience import Episodes, Experience, response_values
@@ -58,8 +59,9 @@ def optimize(
     temperature: float,
     update_actor: bool,
     seed_names: tuple[str | int, ...],
+    memory: GradientMemory,
 ) -> dict[str, float]:
-    """Update Critic and (unless it is the Critic's warm-up) Actor in place.
+    """Update Critic and (unless it is the Critic's warm-up) Actor in place, with the gradients of one at a time.
 
     Returns:
         `policy/` and `value/` statistics: means over all optimizer steps, weighted by tokens.
@@ -73,11 +75,13 @@ def optimize(
             measured: dict[str, float] = {}
             if update_actor:
                 learn = partial(actor_gradient, actor.model, ppo=ppo, temperature=temperature)
-                measured |= gradients(rows, episodes, experience, ppo.micro_batch_tokens, learn)
-                measured["policy/grad_norm"] = actor.step(ppo.max_grad_norm)  # one model's gradients at a time
+                with memory.lent_to(actor.model):
+                    measured |= gradients(rows, episodes, experience, ppo.micro_batch_tokens, learn)
+                    measured["policy/grad_norm"] = actor.step(ppo.max_grad_norm)
             learn = partial(critic_gradient, critic.model, ppo=ppo)
-            measured |= gradients(rows, episodes, experience, ppo.micro_batch_tokens, learn)
-            measured["value/grad_norm"] = critic.step(ppo.max_grad_norm)
+            with memory.lent_to(critic.model):
+                measured |= gradients(rows, episodes, experience, ppo.micro_batch_tokens, learn)
+                measured["value/grad_norm"] = critic.step(ppo.max_grad_norm)
             weight = experience.mask[rows].sum().item()
             add_to(totals, {name: value * weight for name, value in measured.items()})
             approx_kl += measured.get("policy/approx_kl", 0.0) * weight

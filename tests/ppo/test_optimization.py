@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf_tasks import config, head
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.gradients import GradientMemory
 from rlhf_tasks.ppo.experience import Episodes, Experience, evaluate_episodes, make_experience
 from rlhf_tasks.ppo.optimization import Learner, optimize
 from rlhf_tasks.training import adamw, optimizer_tensors
@@ -56,7 +57,7 @@ def update(
     actor, critic = (Learner(m, Descent(m.parameters(), rate)) for m in (four.actor, four.critic))
     return optimize(
         rollout, x, actor=actor, critic=critic, ppo=settings, temperature=0.8,
-        update_actor=update_actor, seed_names=(seed, "ppo", 1),
+        update_actor=update_actor, seed_names=(seed, "ppo", 1), memory=GradientMemory(),
     )  # fmt: skip
 
 
@@ -198,7 +199,7 @@ def test_every_minibatch_of_every_epoch_is_a_step_of_both(four: Any, rollout: Ep
     settings = ppo(epochs=3, minibatches=5)
     measured = optimize(
         rollout, x, actor=actor, critic=critic, ppo=settings, temperature=0.8,
-        update_actor=True, seed_names=(0,),
+        update_actor=True, seed_names=(0,), memory=GradientMemory(),
     )  # fmt: skip
     assert measured["policy/epochs"] == 3
     for learner in (actor, critic):
