@@ -1,9 +1,8 @@
 """Memory for gradients that stays, from step to step and from model to model.
 
-PyTorch makes a gradient anew at every step. The system gives fresh memory page by page as it is first touched, and that
-takes longer than working the gradients out: on two cores, SmolLM2-135M's weight gradients ran at a fifth of the speed
-of the same products into memory that was there. So gradients are added to what is lent here. The largest one, the
-embeddings', would still be made whole on the way; its two sources, look-up and tied head, add to it in place.
+PyTorch makes a gradient anew at every step, in memory that the system gives page by page as it is first touched, and
+adds it to what there is in a pass of its own. Here gradients have their memory before they are worked out, and the
+products that make them (of linear maps, of the head in head.py) and the embeddings' look-up add to it directly.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Embedding
+from torch.nn import Embedding, Linear
 
 from rlhf_tasks.trunk import learning
 
@@ -31,9 +30,7 @@ class GradientMemory:
     @contextmanager
     def lent_to(self, model: Any) -> Iterator[None]:
         """Inside, all weights of the model that learn have a gradient, which begins at 0; outside they have none."""
-        for module in model.modules():
-            if isinstance(module, Embedding):
-                look_up_in_place(module)
+        add_in_place(model)
         weights = learning(model).values()
         for weight in weights:
             free = self._free[_kind(weight)]
@@ -51,21 +48,50 @@ def _kind(weight: Tensor) -> _Kind:
     return weight.shape, weight.dtype, weight.device
 
 
-def look_up_in_place(embeddings: Embedding) -> None:
-    """Have plain embeddings, or a kind of them that does more after the look-up, add to their gradient in place."""
-    own = type(embeddings)
-    unusual = embeddings.max_norm is not None or embeddings.scale_grad_by_freq or embeddings.sparse
-    if not issubclass(own, _InPlace) and not unusual:
-        embeddings.__class__ = type(own.__name__, (_InPlace,) if own is Embedding else (own, _InPlace), {})
+def add_in_place(model: Any) -> None:
+    """Have a model's linear maps and embeddings, also kinds of them that do more, add to their gradient in place."""
+    for module in model.modules():
+        own = type(module)
+        for plain, ours in ((Linear, _Linear), (Embedding, _Embedding)):
+            if isinstance(module, plain) and not isinstance(module, ours):
+                module.__class__ = type(own.__name__, (ours,) if own is plain else (own, ours), {})
 
 
-class _InPlace(Embedding):
+class _Linear(Linear):
     def forward(self, input: Tensor) -> Tensor:
+        if self.weight.grad is None or not torch.is_grad_enabled():
+            return super().forward(input)
+        return _Map.apply(input, self.weight, self.bias)
+
+
+class _Embedding(Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        unusual = self.max_norm is not None or self.scale_grad_by_freq or self.sparse
+        if self.weight.grad is None or not torch.is_grad_enabled() or unusual:
+            return super().forward(input)
         return _LookUp.apply(self.weight, input, self.padding_idx)
 
 
+class _Map(torch.autograd.Function):
+    """Inputs `[..., n]`, weight `[m, n]`, bias `[m]`; the latter two have a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight, bias)
+        return torch.nn.functional.linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        inputs, weight, bias = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        weight.grad.addmm_(rows.T, inputs.flatten(0, -2))
+        if bias is not None:
+            bias.grad += rows.sum(0)
+        return gradient @ weight if ctx.needs_input_grad[0] else None, None, None
+
+
 class _LookUp(torch.autograd.Function):
-    """Rows of a table: weight `[V, d]`, ids of any shape."""
+    """Rows of a table: weight `[V, d]`, which has a gradient; ids of any shape."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Tensor, unlearned: int | None) -> Tensor:
@@ -74,12 +100,10 @@ class _LookUp(torch.autograd.Function):
         return weight.index_select(0, ids.flatten()).view(*ids.shape, -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
         weight, ids = ctx.saved_tensors
         rows, ids = gradient.flatten(0, -2), ids.flatten()
         if ctx.unlearned is not None:
             rows = rows.masked_fill((ids == ctx.unlearned)[:, None], 0)
-        if weight.grad is None:
-            return torch.zeros_like(weight).index_add_(0, ids, rows), None, None
         weight.grad.index_add_(0, ids, rows)
         return None, None, None
