@@ -9,7 +9,7 @@ Models of transformers call the attention that their configuration names: while 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
@@ -77,6 +77,11 @@ class Cache:
         self.room = room
         self.lengths: list[int] = []
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._next = torch.empty(0), torch.empty(0)  # where each text goes on
+
+    def _set_lengths(self, lengths: Iterable[int]) -> None:
+        self.lengths = list(lengths)
+        self._next = torch.arange(len(self.lengths)), torch.tensor(self.lengths)
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add new places, `[B, H, L, D]`: the first of each text, or one more each. Returns all there are by now."""
@@ -86,19 +91,19 @@ class Cache:
             for store, new in zip(self._layers[layer], (key, value), strict=True):
                 store[:, :, : new.shape[2]] = new
             return key, value
-        rows, width = torch.arange(len(self.lengths)), max(self.lengths) + 1
+        (rows, places), width = self._next, max(self.lengths) + 1
         for store, new in zip(self._layers[layer], (key, value), strict=True):
-            store[rows, :, torch.tensor(self.lengths)] = new[:, :, 0]
+            store[rows, :, places] = new[:, :, 0]
         keys, values = self._layers[layer]
         return keys[:, :, :width], values[:, :, :width]
 
     def advance(self, line: Line) -> None:
         """A whole line has been read."""
-        self.lengths = [start + length for start, length in zip(line.starts, line.lengths, strict=True)]
+        self._set_lengths(start + length for start, length in zip(line.starts, line.lengths, strict=True))
 
     def keep(self, rows: Sequence[int], picked: Tensor) -> None:
         """Forget all texts but these."""
-        self.lengths = [self.lengths[row] for row in rows]
+        self._set_lengths(self.lengths[row] for row in rows)
         self._layers = {layer: (keys[picked], values[picked]) for layer, (keys, values) in self._layers.items()}
 
 
@@ -110,6 +115,7 @@ class _Reading:
         self.rows, self.width = len(line.lengths), max(line.lengths)
         self.even = self.rows * self.width == line.ids.shape[0]
         self.windows: list[int | None] = []
+        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         self.trunk = line.trunk
 
     @cached_property
@@ -137,8 +143,17 @@ class _Reading:
         cells = x.transpose(1, 2).flatten(0, 1)
         return (cells if self.even else cells.index_select(0, self._cells))[None]
 
-    def allowed(self, width: int, window: int | None) -> Tensor | None:
-        """Which of `width` keys each query may see, `[B or 1, 1, L, width]`; None: simply none that comes later."""
+    def mask(self, width: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """What is added to scores of `width` keys, `[B or 1, 1, L, width]`; None: simply none that comes later is seen.
+
+        It is made once for all layers.
+        """
+        if (width, window) not in self._masks:
+            allowed = self._allowed(width, window)
+            self._masks[width, window] = None if allowed is None else torch.where(allowed, 0.0, -torch.inf).to(dtype)
+        return self._masks[width, window]
+
+    def _allowed(self, width: int, window: int | None) -> Tensor | None:
         if self.cache is None or not self.cache.lengths:
             if window is None or window >= self.width:
                 return None
@@ -200,7 +215,7 @@ def _attend(
     query, key, value = (reading.spread(x) for x in (query, key, value))
     if reading.cache is not None:
         key, value = reading.cache.extend(module.layer_idx, key, value)
-    allowed = reading.allowed(key.shape[2], sliding_window)
+    mask = reading.mask(key.shape[2], sliding_window, query.dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups, one = query.shape[1] // key.shape[1], query.shape[2] == 1
     if groups > 1 and one:  # decoding: the queries of a group stand in place of a text's, so no key is copied
@@ -208,19 +223,19 @@ def _attend(
     elif groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     if softcap is None:
-        causal = allowed is None and not one
-        out = scaled_dot_product_attention(query, key, value, allowed, is_causal=causal, scale=scale)
+        causal = mask is None and not one
+        out = scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale)
     else:
-        out = _capped(query, key, value, allowed, scale, softcap)
+        out = _capped(query, key, value, mask, scale, softcap)
     return reading.gather(out.reshape(out.shape[0], -1, 1, out.shape[-1]) if one else out), None
 
 
-def _capped(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scale: float, softcap: float) -> Tensor:
+def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
     """Attention whose scores are softly capped (Gemma 2), step by step: no fused kernel knows it."""
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
-    if allowed is None:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    return scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value
+    if mask is None:
+        mask = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
+    return (scores + mask).softmax(-1) @ value
 
 
 AttentionInterface.register(IN_LINE, _attend)

@@ -7,7 +7,6 @@ products that make them (of linear maps, of the head in head.py) and the embeddi
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,34 +17,40 @@ from torch.nn import Embedding, Linear
 
 from rlhf_tasks.trunk import learning
 
-_Kind = tuple[torch.Size, torch.dtype, torch.device]
+ALIGNMENT = 16  # elements, so that products begin where vector registers like it
 
 
 class GradientMemory:
-    """Room for one model's gradients at a time."""
+    """Room for the gradients of one model at a time, one behind the other in one tensor."""
 
     def __init__(self) -> None:
-        self._free: defaultdict[_Kind, list[Tensor]] = defaultdict(list)
+        self._room = torch.empty(0)
+        self._used = torch.empty(0)
 
     @contextmanager
     def lent_to(self, model: Any) -> Iterator[None]:
         """Inside, all weights of the model that learn have a gradient, which begins at 0; outside they have none."""
         add_in_place(model)
-        weights = learning(model).values()
-        for weight in weights:
-            free = self._free[_kind(weight)]
-            weight.grad = free.pop().zero_() if free else torch.zeros_like(weight)
+        weights = list(learning(model).values())
+        sizes = [-(-weight.numel() // ALIGNMENT) * ALIGNMENT for weight in weights]
+        self._used = self._at_least(sum(sizes), weights[0]).zero_()
+        for weight, part in zip(weights, self._used.split(sizes), strict=True):
+            weight.grad = part[: weight.numel()].view_as(weight)
         try:
             yield
         finally:
             for weight in weights:
-                if weight.grad is not None:
-                    self._free[_kind(weight)].append(weight.grad)
-                    weight.grad = None
+                weight.grad = None
 
+    def _at_least(self, size: int, like: Tensor) -> Tensor:
+        if self._room.numel() < size or (self._room.dtype, self._room.device) != (like.dtype, like.device):
+            self._room = self._used = torch.empty(0)  # before there is the next
+            self._room = like.new_empty(size)
+        return self._room[:size]
 
-def _kind(weight: Tensor) -> _Kind:
-    return weight.shape, weight.dtype, weight.device
+    def norm(self) -> Tensor:
+        """The Euclidean norm of all gradients of the model together, a scalar."""
+        return torch.linalg.vector_norm(self._used)
 
 
 def add_in_place(model: Any) -> None:

@@ -35,7 +35,7 @@ from rlhf_tasks.ppo.optimization import actor_gradient, critic_gradient
 from rlhf_tasks.ppo.rollout import Sampling, sample
 from rlhf_tasks.reward import SCORING_BATCH_TOKENS, pairwise_loss, score_texts
 from rlhf_tasks.sft import learn_rows
-from rlhf_tasks.training import adamw, clipped_step, gradient_norm
+from rlhf_tasks.training import adamw, clipped_step
 from rlhf_tasks.trunk import freeze_trunk, learning, share_trunk
 
 FLOAT = 4  # bytes of a weight, a gradient, each of Adam's two moments
@@ -166,7 +166,7 @@ def _sft(params: Params, settings: Any, amounts: Amounts) -> Iterator[Phase]:
         def step() -> None:
             with memory.lent_to(actor):
                 learn_rows(actor, batch)
-                _step(actor, optimizer)
+                clipped_step(optimizer, memory.norm(), 1.0)
 
         need = _second(meter, step)
     tokens = params.sft.epochs * amounts.sft_rows * (amounts.prompt + amounts.response)
@@ -185,7 +185,7 @@ def _reward(params: Params, settings: Any, amounts: Amounts) -> Iterator[Phase]:
             with memory.lent_to(scorer):
                 scores = score_texts(scorer, [[1] * length] * 2 * rows, CPU)
                 pairwise_loss(scores[:rows], scores[rows:]).backward()
-                _step(scorer, optimizer)
+                clipped_step(optimizer, memory.norm(), 1.0)
 
         need = _second(meter, step)
         tokens = params.reward.epochs * amounts.pair_rows * 2 * (amounts.prompt + amounts.response)
@@ -261,7 +261,7 @@ class _FourModels:
                 gradient()
             with self.meter.measure() as whole, self.memory.lent_to(model):
                 gradient()
-                _step(model, optimizer)
+                clipped_step(optimizer, self.memory.norm(), 1.0)
             found += [micro[0], whole[0]]
         return found
 
@@ -319,10 +319,6 @@ def _second(meter: Meter, step: Callable[[], None]) -> Need:
     with meter.measure() as found:
         step()
     return found[0]
-
-
-def _step(model: Any, optimizer: torch.optim.Optimizer) -> None:
-    clipped_step(optimizer, gradient_norm(model), 1.0)
 
 
 def _difference(one: Need, other: Need) -> Need:

@@ -79,7 +79,7 @@ def fit(
         epoch, batch = plan[step]
         with memory.lent_to(model):
             shown = learn(batch)
-            norm = gradient_norm(model)
+            norm = memory.norm()
             if not torch.isfinite(norm):
                 text = f"training diverged at step {step + 1}: the gradient is {norm.item()}; lower learning_rate"
                 raise UserError(text)
@@ -142,11 +142,6 @@ def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def adamw(groups: Iterable[Any], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW as PPO implementations use it: eps 1e-5 (Huang et al. 2024, detail 3.2)."""
     return torch.optim.AdamW(groups, lr=learning_rate, eps=ADAM_EPS, weight_decay=weight_decay, fused=True)
-
-
-def gradient_norm(model: Any) -> Tensor:
-    """The Euclidean norm of all gradients of a model together, a scalar."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, norm: Tensor, most: float) -> None:

@@ -142,8 +142,8 @@ def test_caps_and_windows_are_there_to_be_seen(make: Any, monkeypatch: pytest.Mo
     assert (alone(capped, text) - before).abs().max() > 1e-3
     models = [make(name, torch.float64) for name in ("mistral", "gemma2", "gemma3")]
     narrow = [read(model, Line.of([text], CPU)) for model in models]
-    allowed = forward._Reading.allowed
-    monkeypatch.setattr(forward._Reading, "allowed", lambda self, width, window: allowed(self, width, None))
+    allowed = forward._Reading._allowed
+    monkeypatch.setattr(forward._Reading, "_allowed", lambda self, width, window: allowed(self, width, None))
     for model, logits in zip(models, narrow, strict=True):
         assert (read(model, Line.of([text], CPU)) - logits).abs().max() > 1e-3
 

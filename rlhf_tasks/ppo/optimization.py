@@ -20,7 +20,7 @@ from rlhf_tasks.head import learn as learn_tokens
 from rlhf_tasks.ppo.experience import Episodes, Experience, response_values
 from rlhf_tasks.ppo.functional import actor_loss, critic_loss
 from rlhf_tasks.seeds import permutation
-from rlhf_tasks.training import clipped_step, gradient_norm, length_batches
+from rlhf_tasks.training import clipped_step, length_batches
 
 if TYPE_CHECKING:
     from rlhf_tasks import config
@@ -33,13 +33,12 @@ class Learner:
     model: Any
     optimizer: torch.optim.Optimizer
 
-    def step(self, max_grad_norm: float) -> float:
-        """Clip the gradient, take an optimizer step, return the norm before clipping.
+    def step(self, norm: Tensor, max_grad_norm: float) -> float:
+        """Clip the gradient, whose norm is told, and take an optimizer step. Returns the norm.
 
         Raises:
             UserError: the gradient is not finite; no step is taken, so the state before the iteration stays whole.
         """
-        norm = gradient_norm(self.model)
         if not torch.isfinite(norm):
             raise UserError(
                 f"PPO diverged: the gradient of {type(self.model).__name__} is {norm.item()}; "
@@ -77,11 +76,11 @@ def optimize(
                 learn = partial(actor_gradient, actor.model, ppo=ppo, temperature=temperature)
                 with memory.lent_to(actor.model):
                     measured |= gradients(rows, episodes, experience, ppo.micro_batch_tokens, learn)
-                    measured["policy/grad_norm"] = actor.step(ppo.max_grad_norm)
+                    measured["policy/grad_norm"] = actor.step(memory.norm(), ppo.max_grad_norm)
             learn = partial(critic_gradient, critic.model, ppo=ppo)
             with memory.lent_to(critic.model):
                 measured |= gradients(rows, episodes, experience, ppo.micro_batch_tokens, learn)
-                measured["value/grad_norm"] = critic.step(ppo.max_grad_norm)
+                measured["value/grad_norm"] = critic.step(memory.norm(), ppo.max_grad_norm)
             weight = experience.mask[rows].sum().item()
             add_to(totals, {name: value * weight for name, value in measured.items()})
             approx_kl += measured.get("policy/approx_kl", 0.0) * weight
