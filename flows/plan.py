@@ -21,7 +21,7 @@ def say_plan(root: Path, params: Params, gpu: str, *, as_json: bool) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     count, machine = named_gpu(gpu) if gpu else (1, this_machine(params.runtime.threads))
     settings, amounts = settings_of(root, params), amounts_of(root, params)
-    sizes, found = sizes_of(settings), list(phases(params, settings, amounts))
+    sizes, found = sizes_of(settings, params.ppo.trainable_layers), list(phases(params, settings, amounts))
     largest = largest_micro_batch(params, settings, amounts, machine.memory - machine.baseline)
     if as_json:
         print(json.dumps(_document(machine, count, sizes, amounts, found, largest), indent=1))
@@ -38,9 +38,13 @@ def _say(
     found: list[Phase],
     largest: int | None,
 ) -> None:
+    shared = ""
+    if params.ppo.trainable_layers:
+        text = f"top {params.ppo.trainable_layers} layers and heads: {_millions(sizes.learning)} weights in both"
+        shared = f" Actor and Critic learn in their {text}; all four share what lies below."
     console.print(
         f"Actor and Ref: {_millions(sizes.actor)} weights each ({_millions(sizes.embeddings)} in embeddings); "
-        f"Reward and Critic: {_millions(sizes.scorer)} each. All in float32.",
+        f"Reward and Critic: {_millions(sizes.scorer)} each. All in float32.{shared}",
         soft_wrap=True,
     )
     if not amounts.known:
@@ -59,7 +63,7 @@ def _say(
     now = params.ppo.micro_batch_tokens
     room = f"{largest:,}" if largest else "none: not even one row fits"
     console.print(f"Largest `ppo.micro_batch_tokens` that fits and is of use: {room} (now {now:,}).", soft_wrap=True)
-    state = FLOAT * 3 * (sizes.actor + sizes.scorer)
+    state = FLOAT * 3 * sizes.learning
     console.print(f"On disk: {_gigabytes(state)} for each of PPO's states, of which two are kept.")
     if count > 1:
         console.print(f"{count} GPUs: a run uses one of them.")

@@ -71,11 +71,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Weights of the Actor and of a scorer, and of the Actor's embeddings."""
+    """Weights of the Actor and of a scorer, of the Actor's embeddings, and all that learn in PPO."""
 
     actor: int
     scorer: int
     embeddings: int
+    learning: int
 
 
 def amounts_of(root: Path, params: Params) -> Amounts:
@@ -108,12 +109,15 @@ def settings_of(root: Path, params: Params) -> Any:
     return scratch_settings(params.model.scratch, params.model.scratch.vocab_size, 1, 0)
 
 
-def sizes_of(settings: Any) -> Sizes:
-    """How many weights the models of a Hugging Face configuration have."""
+def sizes_of(settings: Any, trainable_layers: int | None) -> Sizes:
+    """How many weights the models of a Hugging Face configuration have; `trainable_layers` as of PPO."""
     with without_data():
         actor, scorer = _actor(settings), _scorer(settings)
+        if trainable_layers:
+            for model in (actor, scorer):
+                freeze_trunk(model, trainable_layers, "ppo.trainable_layers")
         embeddings = actor.get_input_embeddings().weight.numel()
-        return Sizes(_weights(actor), _weights(scorer), embeddings)
+        return Sizes(_weights(actor), _weights(scorer), embeddings, _learning(actor) + _learning(scorer))
 
 
 def phases(params: Params, settings: Any, amounts: Amounts, micro_batch_tokens: int | None = None) -> Iterator[Phase]:
@@ -211,7 +215,7 @@ def _ppo(params: Params, settings: Any, amounts: Amounts, budget: int) -> Iterat
             need += micro.times(ppo.batch / rows * passes)
             need += _difference(whole, micro).times(ppo.minibatches * passes)
         yield Phase("ppo", "optimization", need, tokens * ppo.epochs)
-        largest = 2 * FLOAT * max(sum(p.numel() for p in learning(m).values()) for m in (four.actor, four.critic))
+        largest = 2 * FLOAT * max(_learning(four.actor), _learning(four.critic))
         yield Phase("ppo", "saving", Need(meter.held + largest), 0)
 
 
@@ -356,3 +360,7 @@ def _scorer(settings: Any) -> Any:
 
 def _weights(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def _learning(model: Any) -> int:
+    return sum(p.numel() for p in learning(model).values())

@@ -74,10 +74,11 @@ def test_what_is_counted() -> None:
 
 
 def test_sizes_are_those_of_the_models() -> None:
-    sizes = sizes_of(TINY)
+    sizes = sizes_of(TINY, None)
     model = LlamaForCausalLM(TINY)
     assert sizes.actor == sum(p.numel() for p in model.parameters())
     assert sizes.scorer == sizes.actor + TINY.hidden_size
+    assert sizes.learning == sizes.actor + sizes.scorer
     assert sizes.embeddings == 300 * 32
 
 
@@ -85,7 +86,7 @@ def test_every_stage_that_works_is_planned(sketch: Workspace) -> None:
     found = list(phases(sketch.params, TINY, AMOUNTS))
     assert {phase.stage for phase in found} == {"sft", "reward", "ppo", "evaluate"}
     by_name = {(phase.stage, phase.name): phase for phase in found}
-    weights = 4 * sizes_of(TINY).actor
+    weights = 4 * sizes_of(TINY, None).actor
     assert by_name["sft", "training"].need.peak > 4 * weights  # weights, gradient, two moments
     assert by_name["ppo", "optimization"].need.peak > 9 * weights
     assert by_name["ppo", "optimization"].need.flops > by_name["ppo", "evaluation"].need.flops
@@ -197,7 +198,7 @@ def test_the_plan_for_machines(sketch: Workspace, capsys: pytest.CaptureFixture[
     say_plan(sketch.root, sketch.params, "2xT4", as_json=True)
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert document["gpus"] == 2
-    assert document["weights"]["actor"] == sizes_of(settings_of(sketch.root, sketch.params)).actor
+    assert document["weights"]["actor"] == sizes_of(settings_of(sketch.root, sketch.params), None).actor
 
 
 def test_a_machine_without_rates_tells_no_time() -> None:
