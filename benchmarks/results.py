@@ -285,10 +285,11 @@ def main() -> None:
         base[seed] = baselines(clone)
     ablated: dict[str, Metrics] = {}
     page = REPOSITORY / "docs/results.md"
-    page.write_text(render(seeds, base, ablated))
+    others = "".join(page.read_text().partition("\n## SmolLM2")[1:])  # of benchmarks/smollm2.py
+    page.write_text(render(seeds, base, ablated) + others)
     for name, settings in ABLATIONS.items():
         ablated[name] = run(clone, settings)
-        page.write_text(render(seeds, base, ablated))  # as far as it is
+        page.write_text(render(seeds, base, ablated) + others)  # as far as it is
 
 
 if __name__ == "__main__":
