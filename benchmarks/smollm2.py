@@ -23,6 +23,17 @@ from rlhf_tasks.models import load_tokenizer
 
 PAGE, TITLE = REPOSITORY / "docs/results.md", "## SmolLM2-135M-Instruct, on the same ratings"
 WORDS = 6  # a text is found by its first words
+READING = """
+One run of the profile `smollm2` (`rlhf use smollm2`), of revision f524b75, seed 0. The settings were chosen beforehand.
+A model of 135 million weights that has read much orders the pairs far better than bags of words do, and than the tiny
+model above. The Actor gains what the tiny one gains, at like KL, and with shorter answers. Where both answers are cut
+to the shorter one's length, which takes the ends of sentences away, nearly all of the Reward's gain is gone and all of
+VADER's stays: this Reward, which has seen whole sentences only, is a poor judge of cut ones.
+
+It took 5,700 s of CPU time, 48 minutes of both cores: SFT 31, reward 37, PPO 29 and evaluation 2 in a hundred. By the
+clock it was 88 minutes, of which it stood still for about a third while other measurements ran. Peak memory: SFT 4.7,
+reward 4.9, PPO 7.2, evaluation 2.8 GB.
+""".strip().split("\n")
 
 
 def ridge_accuracy(clone: Path, train: Texts, heldout: Texts) -> float:
@@ -51,6 +62,8 @@ def section(clone: Path) -> str:
     lines = [
         TITLE,
         "",
+        *READING,
+        "",
         "| accuracy on the same held-out pairs | |",
         "| --- | --- |",
         f"| Reward | {interval(reward, 'accuracy', '.3f')} |",
@@ -64,6 +77,7 @@ def section(clone: Path) -> str:
         f"| score gain, sd | {interval(found, 'score_gain', '+.2f')} |",
         f"| score gain at equal length, sd | {interval(found, 'equal_length_score_gain', '+.2f')} |",
         f"| VADER gain | {interval(found, 'judge_gain', '+.3f')} |",
+        f"| VADER gain at equal length | {interval(found, 'equal_length_judge_gain', '+.3f')} |",
         f"| KL to SFT, nats a response | {interval(found, 'kl_sequence', '.2f')} |",
         f"| win rate over SFT | {found['win_rate']:.3f} |",
         f"| length of the Actor's answers / SFT's | {found['length_ratio']:.2f} |",
