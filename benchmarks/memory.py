@@ -48,8 +48,7 @@ def plan(clone: Path, environment: dict[str, str]) -> dict[str, tuple[float, flo
     found: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     for phase in document["phases"]:
         memory, seconds = found[phase["stage"]]
-        peak = phase["need"]["peak"] + document["machine"]["baseline"]
-        found[phase["stage"]] = max(memory, peak), seconds + phase["seconds"]
+        found[phase["stage"]] = max(memory, phase["memory"]), seconds + phase["seconds"]
     return dict(found)
 
 

@@ -57,7 +57,7 @@ def _say(
     for phase in found:
         table.add_row(phase.stage, phase.name, *_cells(phase, machine))
     console.print(table)
-    peak = machine.baseline + max(phase.need.peak for phase in found)
+    peak = machine.baseline + max(phase.need.memory for phase in found)
     fits = "fits" if peak <= machine.memory else "DOES NOT FIT"
     console.print(f"Memory at most {_gigabytes(peak)} of {_gigabytes(machine.memory)}: {fits}.")
     now = params.ppo.micro_batch_tokens
@@ -74,7 +74,7 @@ def _cells(phase: Phase, machine: Machine) -> tuple[str, str, str, str]:
     return (
         f"{phase.tokens:,.0f}" if phase.tokens else "",
         f"{phase.need.flops / 1e12:,.1f}" if phase.need.flops else "",
-        _gigabytes(machine.baseline + phase.need.peak),
+        _gigabytes(machine.baseline + phase.need.memory),
         "" if seconds is None else _duration(seconds),
     )
 
@@ -82,7 +82,10 @@ def _cells(phase: Phase, machine: Machine) -> tuple[str, str, str, str]:
 def _document(
     machine: Machine, count: int, sizes: Sizes, amounts: Amounts, found: list[Phase], largest: int | None
 ) -> dict[str, Any]:
-    parts = [asdict(phase) | {"seconds": machine.seconds(phase.need)} for phase in found]
+    parts = [
+        asdict(phase) | {"memory": machine.baseline + phase.need.memory, "seconds": machine.seconds(phase.need)}
+        for phase in found
+    ]
     return {
         "machine": asdict(machine),
         "gpus": count,

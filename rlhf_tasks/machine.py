@@ -28,7 +28,7 @@ class Machine:
 
     Attributes:
         memory: bytes that a run may use.
-        baseline: bytes that the process needs before it has any tensor.
+        baseline: bytes that the process needs beside its tensors.
         flops: floating-point operations a second, of float32 matrix products.
         bandwidth: bytes a second.
         operation: seconds that an operation costs however small it is.
@@ -62,6 +62,7 @@ GPUS = {
     "H100": (80, 67.0, 3.35),
     "H200": (141, 67.0, 4.8),
 }
+IN_USE = 0.17e9  # bytes that Prefect's client, MLflow and a tokenizer take once they work; measured
 LAUNCH = 10e-6  # seconds that a GPU waits for Python to launch an operation, about
 
 
@@ -120,10 +121,10 @@ def _operation_seconds() -> float:
 
 
 def _baseline() -> float:
-    """Resident bytes of a process that has imported what a stage's does, and done nothing."""
+    """Resident bytes of a process that has imported what a stage's does, and of what that takes when it is used."""
     code = (
         "import psutil, flows.pipeline, rlhf_tasks.ppo_stage, rlhf_tasks.evaluate, rlhf_tasks.data.prepare; "
         "print(psutil.Process().memory_info().rss)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else 0.0
+    return float(done.stdout.split()[-1]) + IN_USE if done.returncode == 0 else 0.0

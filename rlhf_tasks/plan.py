@@ -143,9 +143,9 @@ def largest_micro_batch(params: Params, settings: Any, amounts: Amounts, room: f
         four = _FourModels(meter, params, settings, amounts)
 
         def fits(rows: int) -> bool:
-            return max(need.peak for need in (four.judged(rows), *four.learned(rows))) <= room
+            return max(need.memory for need in (four.judged(rows), *four.learned(rows))) <= room
 
-        if four.drawn().peak > room:
+        if four.drawn().memory > room:
             return None
         return width * most_that_fit(params.ppo.batch, fits) or None
 
@@ -216,7 +216,7 @@ def _ppo(params: Params, settings: Any, amounts: Amounts, budget: int) -> Iterat
             need += _difference(whole, micro).times(ppo.minibatches * passes)
         yield Phase("ppo", "optimization", need, tokens * ppo.epochs)
         largest = 2 * FLOAT * max(_learning(four.actor), _learning(four.critic))
-        yield Phase("ppo", "saving", Need(meter.held + largest), 0)
+        yield Phase("ppo", "saving", Need(meter.held + largest, held=meter.held + largest), 0)
 
 
 class _FourModels:
@@ -326,7 +326,8 @@ def _second(meter: Meter, step: Callable[[], None]) -> Need:
 
 
 def _difference(one: Need, other: Need) -> Need:
-    return Need(one.peak, one.flops - other.flops, one.moved - other.moved, one.operations - other.operations)
+    flops, moved, operations = (getattr(one, name) - getattr(other, name) for name in ("flops", "moved", "operations"))
+    return Need(one.peak, flops, moved, operations, one.held)
 
 
 def _cut(budget: int, longest: int) -> tuple[int, int]:

@@ -116,7 +116,7 @@ def test_the_largest_micro_batch_is_the_largest(sketch: Workspace) -> None:
 
     def peak(budget: int) -> int:
         return max(
-            p.need.peak for p in phases(params, TINY, AMOUNTS, budget) if p.stage == "ppo" and p.name != "rollout"
+            p.need.memory for p in phases(params, TINY, AMOUNTS, budget) if p.stage == "ppo" and p.name != "rollout"
         )
 
     room = (peak(25) + peak(64 * 25)) / 2
