@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test test-slow lint clean
+.PHONY: run test test-slow bench lint clean
 
 run: .venv/installed
 	rlhf run
@@ -13,6 +13,17 @@ test: .venv/installed lint
 
 test-slow: .venv/installed
 	python -m pytest -n 2 --dist worksteal --durations 15 -m slow
+
+# A race against TRL, whose virtual environment it makes itself: half an hour on two cores.
+MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+bench: .venv/installed
+	for workload in smollm2-ragged smollm2-dense tiny-widevocab; do \
+		python -m benchmarks.ppo --workload benchmarks/workloads/$$workload.json --model $(MODEL) --peer \
+			--json benchmarks/numbers/$$workload.json || exit 1; \
+	done
+	python -m benchmarks.ppo --workload benchmarks/workloads/smollm2-ragged.json --model $(MODEL) --peer \
+		--trainable-layers 6 --json benchmarks/numbers/smollm2-ragged-top6.json
+	python -m benchmarks.charts
 
 lint: .venv/installed
 	ruff check .
