@@ -22,7 +22,7 @@ from flows.hooks import say_where_to_look
 from flows.record import Record, StageRecord
 from flows.tasks import Orders, run_ppo, run_stage, show_cached
 from rlhf_tasks import chain, engine, keying, versioning
-from rlhf_tasks.base import check_lengths, known_positions
+from rlhf_tasks.base import check_layers, check_lengths, known_positions
 from rlhf_tasks.config import load_params, set_params
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.keying import Job
@@ -100,6 +100,7 @@ def bring_checkout_up_to_date(root: Path, params: dict[str, Any], stages: list[S
         log.info("params.yaml: %s", change)
     settings = load_params(root / "params.yaml")
     keying.check_sources(settings, root, stages)
+    check_layers(settings)
     if STAGES["sft"] in stages:
         have = known_positions(settings.model)  # relative, as everything that a run says
         check_lengths(settings.model.base, have, settings.data, settings.generation.max_new_tokens)

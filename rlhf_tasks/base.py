@@ -108,6 +108,30 @@ def known_positions(model: config.Model, root: Path = Path()) -> int | None:
     return read_gguf(base).positions  # transformers takes half a minute to say so
 
 
+def check_layers(params: config.Params, root: Path = Path()) -> None:
+    """See that something is left below the layers that are to learn, as far as is known without the network.
+
+    Raises:
+        UserError: the model has not more layers than that.
+    """
+    model, asked = params.model, {name: getattr(params, name).trainable_layers for name in ("reward", "ppo")}
+    if not any(asked.values()):
+        return
+    have: int | None = None
+    if model.base == "scratch":
+        have = model.scratch.layers
+    else:
+        base = find_base(model, root) if model.revision is None else _cached(model.base, model.revision)
+        if base and base.is_dir():  # of a GGUF file transformers takes half a minute to say so
+            have = load_settings(base).get_text_config().num_hidden_layers
+    for name, count in asked.items():
+        if count and have and count >= have:
+            raise UserError(
+                f"{name}.trainable_layers: found {count}, but the model of `model.base: {model.base}` has {have} "
+                "layers; expected fewer than that, or null to train all of it"
+            )
+
+
 def check_lengths(base: str, have: int | None, data: config.Data, max_new_tokens: int = 0) -> None:
     """See that a prompt and a response, each as long as params.yaml allows, fit a model of `have` positions.
 

@@ -147,15 +147,18 @@ def finish(workspace: Workspace, job: Job, iterations: list[Entry]) -> Entry:
         store.writing(job.key) as out,
     ):
         last.verify()
-        run = importlib.import_module(stage.module).run
-        metrics = run(
-            seed=workspace.params.seed,
-            ppo=workspace.params.ppo,
-            state=last.payload,
-            sft=workspace.root / stage.inputs["sft"],
-            last=last.manifest["metrics"],
-            out=out,
-        )
+        module = importlib.import_module(stage.module)
+        try:
+            metrics = module.run(
+                seed=workspace.params.seed,
+                ppo=workspace.params.ppo,
+                state=last.payload,
+                sft=workspace.root / stage.inputs["sft"],
+                last=last.manifest["metrics"],
+                out=out,
+            )
+        except module.BadState as error:
+            raise _foreign(last, error) from None
         series = [row for entry in iterations for row in entry.manifest["series"]]
         engine.save_curve(stage, out, series)
         engine.save_lineage(job, out)
@@ -206,5 +209,10 @@ def _trainer(workspace: Workspace, parent: Entry | None) -> Any:
         return module.Trainer.load(**arguments, parent=parent.payload if parent else None)
     except module.BadState as error:
         assert parent
-        parent.prune()  # its digests are right, so nothing else would keep it from being tried again
-        raise DamagedEntry(f"{parent.payload}: not a state to go on from ({error})") from None
+        raise _foreign(parent, error) from None
+
+
+def _foreign(entry: Entry, error: Exception) -> DamagedEntry:
+    """What to raise of a state of other models. Its digests are right: only without it, it is not tried again."""
+    entry.prune()
+    return DamagedEntry(f"{entry.payload}: not a state to go on from ({error})")

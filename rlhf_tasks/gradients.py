@@ -18,10 +18,14 @@ from torch.nn import Embedding, Linear
 from rlhf_tasks.trunk import learning
 
 ALIGNMENT = 16  # elements, so that products begin where vector registers like it
+RUN = 2**14  # elements whose squares are added up at once: float32 loses what is added to a sum of far more
 
 
 class GradientMemory:
-    """Room for the gradients of one model at a time, one behind the other in one tensor."""
+    """Room for the gradients of one model at a time, one behind the other in one tensor.
+
+    Weights that nothing uses have a gradient too, of 0: AdamW keeps moments of them, and decays them.
+    """
 
     def __init__(self) -> None:
         self._room = torch.empty(0)
@@ -33,8 +37,9 @@ class GradientMemory:
         add_in_place(model)
         weights = list(learning(model).values())
         sizes = [-(-weight.numel() // ALIGNMENT) * ALIGNMENT for weight in weights]
-        self._used = self._at_least(sum(sizes), weights[0]).zero_()
-        for weight, part in zip(weights, self._used.split(sizes), strict=True):
+        self._used = self._at_least(-(-sum(sizes) // RUN) * RUN, weights[0]).zero_()
+        for weight, part in zip(weights, self._used[: sum(sizes)].split(sizes), strict=True):
+            assert weight.is_contiguous()  # AdamW's fused step takes weight, gradient and moments as laid out alike
             weight.grad = part[: weight.numel()].view_as(weight)
         try:
             yield
@@ -50,7 +55,7 @@ class GradientMemory:
 
     def norm(self) -> Tensor:
         """The Euclidean norm of all gradients of the model together, a scalar."""
-        return torch.linalg.vector_norm(self._used)
+        return torch.linalg.vector_norm(torch.linalg.vector_norm(self._used.view(-1, RUN), dim=1))
 
 
 def add_in_place(model: Any) -> None:

@@ -10,6 +10,7 @@ import ctypes
 import json
 from collections.abc import Collection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,20 +112,27 @@ def save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
     """
     model.save_pretrained(folder)
     if frozen := frozen_names(model):
-        _split_weights(folder, frozen)
+        _save_shards(model, folder, frozen)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def _split_weights(folder: Path, first: Collection[str]) -> None:
-    """Make two shards of a folder's weights, those named and the others, as transformers reads them."""
-    whole = folder / SAFE_WEIGHTS_NAME
-    weights, weight_map = load_file(whole), dict[str, str]()
-    for number, names in enumerate((weights.keys() & set(first), weights.keys() - set(first)), start=1):
+def _save_shards(model: Any, folder: Path, first: Collection[str]) -> None:
+    """Put a model's weights into two files in place of one, those named and the others.
+
+    Names in files are not always those in memory, so transformers saves each part.
+    """
+    whole, weight_map, size = folder / SAFE_WEIGHTS_NAME, dict[str, str](), 0
+    everything = load_file(whole)
+    own = model.state_dict()
+    with TemporaryDirectory(dir=folder) as part:
+        model.save_pretrained(part, state_dict={name: own[name] for name in sorted(first)})
+        names = load_file(Path(part, SAFE_WEIGHTS_NAME)).keys()
+    for number, chosen in enumerate((everything.keys() & names, everything.keys() - names), start=1):
         shard = f"model-{number:05}-of-00002.safetensors"
-        save_file({name: weights[name] for name in sorted(names)}, folder / shard, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(sorted(names), shard)
-    size = sum(weight.nbytes for weight in weights.values())
+        save_file({name: everything[name] for name in sorted(chosen)}, folder / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(sorted(chosen), shard)
+        size += sum(everything[name].nbytes for name in chosen)
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=1))
     whole.unlink()

@@ -225,12 +225,13 @@ class _FourModels:
     def __init__(self, meter: Meter, params: Params, settings: Any, amounts: Amounts) -> None:
         self.meter, self.params, self.amounts = meter, params, amounts
         self.actor, self.ref, self.reward, self.critic = (make(settings) for make in (_actor, _actor, _scorer, _scorer))
-        self.states = None  # of a trunk, a token
+        self.trunk = None  # what a rollout keeps of it
         if params.ppo.trainable_layers:
             for model in (self.actor, self.ref, self.reward, self.critic):
                 freeze_trunk(model, params.ppo.trainable_layers, "ppo.trainable_layers")
                 share_trunk(model, self.actor)
-            self.states = torch.zeros(1, settings.hidden_size)
+            width = max(1, round(amounts.prompt)) + params.generation.max_new_tokens
+            self.trunk = torch.zeros(params.ppo.batch, width, settings.hidden_size)
         self.optimizers = [adamw(learning(model).values(), 1e-4) for model in (self.actor, self.critic)]
         self.memory = GradientMemory()
         self.learned(1)  # Adam has its moments from now on
@@ -271,8 +272,7 @@ class _FourModels:
 
     def _batch(self, rows: int) -> Batch:
         prompt, new = max(1, round(self.amounts.prompt)), self.params.generation.max_new_tokens
-        known = None if self.states is None else [self.states.expand(prompt + new, -1)] * rows
-        return _batch(rows, prompt, new, known)
+        return _batch(rows, prompt, new, None if self.trunk is None else list(self.trunk[:rows]))
 
 
 def _evaluate(params: Params, settings: Any, amounts: Amounts) -> Iterator[Phase]:

@@ -187,11 +187,18 @@ def load_state(folder: Path, state: PPOState) -> None:
 
 
 def run(*, seed: int, ppo: config.PPO, state: Path, sft: Path, last: dict[str, float], out: Path) -> dict[str, float]:
-    """Make the stage's result from the last iteration's state: `actor/`, `critic/` and `metrics.json` in `out`."""
+    """Make the stage's result from the last iteration's state: `actor/`, `critic/` and `metrics.json` in `out`.
+
+    Raises:
+        BadState: the files are not a state of these models.
+    """
     tokenizer, cpu = load_tokenizer(sft), torch.device("cpu")
     models = {"actor": load_actor(sft, cpu), "critic": new_scorer(sft, tokenizer, seed, "critic", cpu)}
     for name, model in models.items():
-        load_learned_tensors(_cut(model, ppo), load_file(state / f"{name}.safetensors"))
+        try:
+            load_learned_tensors(_cut(model, ppo), load_file(state / f"{name}.safetensors"))
+        except DAMAGE as error:
+            raise BadState(str(error)) from error
         save_model(model, out / name, tokenizer)
     (out / "metrics.json").write_text(json.dumps(last, indent=1))
     return last

@@ -32,17 +32,18 @@ def freeze_trunk(model: Any, trainable_layers: int, where: str) -> Any:
     Raises:
         UserError: the model has not more layers than are to learn, or its layers are not a plain chain.
     """
-    layers = _layers(model)
-    below = len(layers) - trainable_layers
-    if below < 1:
-        raise UserError(
-            f"{where}: found {trainable_layers}, but the model has {len(layers)} layers; expected fewer than that, or "
-            "null to train all of it"
-        )
-    make_trunk(layers[:below])
     try:
+        layers = _layers(model)
+        if trainable_layers >= len(layers):
+            raise UserError(
+                f"{where}: found {trainable_layers}, but the model has {len(layers)} layers; expected fewer than that, "
+                "or null to train all of it"
+            )
+        make_trunk(layers[: len(layers) - trainable_layers])
         learning = _above_the_cut(model)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except UserError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise UserError(f"{where}: {model.config.model_type} models cannot be cut between layers: {reason}") from None
     names = {name for name, weight in model.named_parameters() if id(weight) not in learning}
@@ -80,7 +81,8 @@ def learning(model: Any) -> dict[str, Parameter]:
 def _layers(model: Any) -> ModuleList:
     """The layers of a model of transformers, whatever they are called there."""
     count = model.config.num_hidden_layers
-    return next(m for m in model.base_model.modules() if isinstance(m, ModuleList) and len(m) == count)
+    found = [m for m in model.base_model.modules() if isinstance(m, ModuleList) and len(m) == count]
+    return found[0]
 
 
 def _above_the_cut(model: Any) -> set[int]:

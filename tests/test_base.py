@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from rlhf_tasks import config, keying
-from rlhf_tasks.base import check_lengths, find_base, known_positions, load_settings, positions
+from rlhf_tasks.base import check_layers, check_lengths, find_base, known_positions, load_settings, positions
 from rlhf_tasks.config import parse_params
 from rlhf_tasks.data import prepare
 from rlhf_tasks.errors import UserError
@@ -223,3 +223,20 @@ def test_a_base_that_is_not_there_is_told_before_anything_runs(sketch: Workspace
 def test_config_is_the_only_text_of_a_llama_here(llama: Path) -> None:
     """The table above starts from a base that is right."""
     assert isinstance(load_settings(llama), LlamaConfig)
+
+
+@pytest.mark.parametrize(("reward", "ppo", "named"), [(2, 2, "reward"), (1, 2, "ppo"), (1, 1, None)])
+@pytest.mark.parametrize("base", ["scratch", "base"])
+def test_layers_that_learn_must_leave_some_below(
+    workspace: Any, tmp_path: Path, base: str, reward: int, ppo: int, named: str | None
+) -> None:
+    """Known before anything is trained."""
+    write_shape("qwen2", tmp_path / "base")
+    layers = (f"reward.trainable_layers={reward}", f"ppo.trainable_layers={ppo}")
+    params = workspace(f"model.base={base}", "model.scratch.layers=2", *layers).params
+    if named is None:
+        check_layers(params, tmp_path)
+        return
+    text = rf"{named}\.trainable_layers: found 2, but the model of `model\.base: {base}` has 2 layers; expected fewer"
+    with pytest.raises(UserError, match=text):
+        check_layers(params, tmp_path)

@@ -50,6 +50,15 @@ def test_micro_batches_add_up() -> None:
             torch.testing.assert_close(mine.grad, expected.grad)
 
 
+def test_the_norm_of_many_weights_is_not_rounded_away() -> None:
+    """Sums of squares in float32 stop growing at 16 million equal ones."""
+    table, memory = nn.Embedding(50_000, 1000), GradientMemory()
+    with memory.lent_to(table):
+        assert table.weight.grad is not None
+        table.weight.grad.fill_(1.0)
+        assert memory.norm().item() == pytest.approx(50_000_000**0.5, rel=1e-5)
+
+
 def test_one_room_serves_models_of_any_size_in_turn() -> None:
     memory = GradientMemory()
     small, large = nn.Linear(3, 2), nn.Linear(40, 30)

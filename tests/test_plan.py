@@ -109,6 +109,11 @@ def test_a_trunk_for_four_is_planned(sketch: Workspace) -> None:
     assert cut["ppo", "rollout"].flops == whole["ppo", "rollout"].flops
     assert cut["reward", "training"].flops < 0.9 * whole["reward", "training"].flops
     assert cut["sft", "training"] == whole["sft", "training"]
+    more = with_params(sketch, "ppo.trainable_layers=1", "reward.trainable_layers=1", "ppo.batch=64").params
+    larger = {(phase.stage, phase.name): phase.need for phase in phases(more, settings, AMOUNTS)}
+    states = 4 * settings.hidden_size * (5 + more.generation.max_new_tokens)  # of an episode, which the rollout keeps
+    grown = larger["ppo", "saving"].peak - cut["ppo", "saving"].peak
+    assert grown == states * (64 - top.ppo.batch)
 
 
 def test_the_largest_micro_batch_is_the_largest(sketch: Workspace) -> None:

@@ -17,7 +17,7 @@ from shapes import SHAPES, write_shape
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_tasks import config
+from rlhf_tasks import chain, config, keying
 from rlhf_tasks.data.batching import Line
 from rlhf_tasks.digests import digest_file
 from rlhf_tasks.doctor import _OF_MODELS
@@ -33,6 +33,8 @@ from rlhf_tasks.ppo.iteration import Fixed, PPOState, evaluate, experience_of, r
 from rlhf_tasks.ppo.optimization import Learner, actor_gradient, critic_gradient, gradients, optimize
 from rlhf_tasks.ppo.rollout import Sampling
 from rlhf_tasks.ppo_stage import Trainer
+from rlhf_tasks.stages import STAGES
+from rlhf_tasks.store import DamagedEntry
 from rlhf_tasks.training import adamw
 from rlhf_tasks.trunk import freeze_trunk, frozen_names, learning, same_trunk, share_trunk
 from rlhf_tasks.workspace import Workspace
@@ -294,6 +296,21 @@ def test_an_iteration_from_disk_is_the_one_from_memory(trained: Workspace, tmp_p
     assert again.step()[0] == trainer.step()[0]
     for one, other in ((t.state.actor.model.state_dict() for t in (trainer, again)),):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_last_state_of_another_model_is_forgotten(trained: Workspace) -> None:
+    """Its digests are right: somebody else on the same store wrote it."""
+    (known,) = chain.known(trained)
+    record = {name: known.manifest[name] for name in ("metrics", "series", "perf")}
+    with trained.store.writing(known.manifest["key"]) as out:
+        shutil.copytree(known.payload, out, dirs_exist_ok=True)
+        save_file({"weight": torch.ones(2)}, out / "actor.safetensors")
+        trained.store.discard(known.manifest["key"])
+        trained.store.commit(known.manifest["key"], out, known.manifest["identity"], **record)
+    job = keying.plan(trained, STAGES["ppo"])
+    with pytest.raises(DamagedEntry, match="not a state to go on from"):
+        chain.finish(trained, job, chain.usable(chain.known(trained)))
+    assert not chain.usable(chain.known(trained))  # so the next try makes it again
 
 
 def test_a_reward_that_learned_below_the_cut_is_refused(trained: Workspace, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,12 @@ class FirstBatch:
         return cls(params, trainer, tokenizer, episodes, experience, evaluation.raw_scores)
 
     def logprobs(self, micro_batch_tokens: int) -> Tensor:
-        """The Actor's own, `[B, T]`, by forward passes over micro-batches of this size."""
+        """The Actor's own, `[B, T]`, by whole forward passes over micro-batches of this size, of nothing that is known."""
 
         def measure(batch: Batch) -> tuple[Tensor, ...]:
             return policy_measures(self.actor, batch, self.params.generation.temperature)
 
-        return self.over(measure, self.episodes, micro_batch_tokens)
+        return self.over(measure, replace(self.episodes, drawn=None), micro_batch_tokens)
 
     def over(self, measure: Callable[[Batch], tuple[Tensor, ...]], episodes: Episodes, tokens: int) -> Tensor:
         """The first of what `measure` gives for every response token, `[B, T]`."""

@@ -15,11 +15,12 @@ from rlhf_tasks.doctor.first_batch import FirstBatch
 from rlhf_tasks.ppo.experience import Episodes, response_values
 from rlhf_tasks.ppo.functional import actor_loss, gae, kl_per_token, masked_mean
 from rlhf_tasks.ppo.optimization import actor_gradient, critic_gradient, gradients
+from rlhf_tasks.trunk import learning
 
 #: how far float32 may be off: log-probabilities in nats, gradients relative to their norm
 LOGPROB_GAP, GRADIENT_GAP = 1e-4, 1e-3
 WHITENED_GAP = 1e-2  # the variance has 1e-8 added
-STATES = 4  # the two that are kept, the one being written, the stage's result
+STATES = 3  # the two that are kept, the one being written
 
 
 def prompts(root: Path, batch: FirstBatch) -> Finding:
@@ -32,10 +33,11 @@ def prompts(root: Path, batch: FirstBatch) -> Finding:
 
 def disk(root: Path, batch: FirstBatch) -> Finding:
     models = (batch.actor, batch.trainer.state.critic.model)
-    state = sum(3 * 4 * p.numel() for model in models for p in model.parameters())  # weights and two moments, float32
+    state = sum(3 * 4 * p.numel() for model in models for p in learning(model).values())  # with two moments, float32
+    need = STATES * state + sum(4 * p.numel() for model in models for p in model.parameters())
     free = shutil.disk_usage(root).free
-    text = f"{STATES * state / 1e9:.2g} GB for states of PPO, {free / 1e9:.2g} GB free"
-    return Finding("disk", free > STATES * state, text if free > STATES * state else f"{text}: make room")
+    text = f"{need / 1e9:.2g} GB for states of PPO and its result, {free / 1e9:.2g} GB free"
+    return Finding("disk", free > need, text if free > need else f"{text}: make room")
 
 
 def dropout(root: Path, batch: FirstBatch) -> Finding:

@@ -106,7 +106,7 @@ def sample_responses(
         if trunk is None:
             rows, tokens = _keep(unfinished(), rows, tokens, cache)
         line = Line(tokens, (1,) * len(rows), tuple(cache.lengths))
-    return found if trunk is None else replace(found, trunk=[torch.cat(pieces) for pieces in parts])
+    return found if trunk is None else replace(found, trunk=[torch.cat(parts.pop(0)) for _ in prompts])
 
 
 def _keep(going_on: list[int], rows: list[int], of_rows: Tensor, cache: Cache) -> tuple[list[int], Tensor]:
