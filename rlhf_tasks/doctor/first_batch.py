@@ -53,7 +53,7 @@ class FirstBatch:
         return cls(params, trainer, tokenizer, episodes, experience, evaluation.raw_scores)
 
     def logprobs(self, micro_batch_tokens: int) -> Tensor:
-        """The Actor's own, `[B, T]`, by whole forward passes over micro-batches of this size, of nothing that is known."""
+        """The Actor's own, `[B, T]`, by whole passes over micro-batches of this size: nothing is taken as known."""
 
         def measure(batch: Batch) -> tuple[Tensor, ...]:
             return policy_measures(self.actor, batch, self.params.generation.temperature)
