@@ -22,7 +22,7 @@ def say_plan(root: Path, params: Params, gpu: str, *, as_json: bool) -> None:
     count, machine = named_gpu(gpu) if gpu else (1, this_machine(params.runtime.threads))
     settings, amounts = settings_of(root, params), amounts_of(root, params)
     sizes, found = sizes_of(settings, params.ppo.trainable_layers), list(phases(params, settings, amounts))
-    largest = largest_micro_batch(params, settings, amounts, machine.memory - machine.baseline)
+    largest = largest_micro_batch(params, settings, amounts, machine.memory - machine.baseline, found)
     if as_json:
         print(json.dumps(_document(machine, count, sizes, amounts, found, largest), indent=1))
         return

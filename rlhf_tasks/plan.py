@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -133,12 +133,21 @@ def phases(params: Params, settings: Any, amounts: Amounts, micro_batch_tokens: 
     yield from _evaluate(params, settings, amounts)
 
 
-def largest_micro_batch(params: Params, settings: Any, amounts: Amounts, room: float) -> int | None:
+def largest_micro_batch(
+    params: Params, settings: Any, amounts: Amounts, room: float, known: Sequence[Phase] = ()
+) -> int | None:
     """The largest `ppo.micro_batch_tokens` with which PPO stays within `room` bytes of tensors; None if none does.
 
     Found by halving, for memory grows with the rows of a micro-batch. More than the batch is of no use.
+
+    Args:
+        known: what `phases` gives for the same configuration: if its micro-batch is the batch, and fits, it is that.
     """
     width = max(1, round(amounts.prompt)) + params.generation.max_new_tokens
+    whole = params.ppo.micro_batch_tokens // width >= params.ppo.batch
+    needs = [phase.need.memory for phase in known if phase.stage == "ppo" and phase.name != "saving"]
+    if whole and needs and max(needs) <= room:
+        return width * params.ppo.batch
     with without_data() as meter:
         four = _FourModels(meter, params, settings, amounts)
 

@@ -119,7 +119,7 @@ def test_a_trunk_for_four_is_planned(sketch: Workspace) -> None:
 def test_the_largest_micro_batch_is_the_largest(sketch: Workspace) -> None:
     params = with_params(sketch, "ppo.batch=64", "generation.max_new_tokens=20").params
 
-    def peak(budget: int) -> int:
+    def peak(budget: int) -> float:
         return max(
             p.need.memory for p in phases(params, TINY, AMOUNTS, budget) if p.stage == "ppo" and p.name != "rollout"
         )
@@ -129,6 +129,12 @@ def test_the_largest_micro_batch_is_the_largest(sketch: Workspace) -> None:
     assert largest
     assert peak(largest) <= room * 1.001
     assert peak(largest + 2 * 25) > room
+    batch = params.model_copy(update={"ppo": params.ppo.model_copy(update={"micro_batch_tokens": 64 * 25})})
+    known = list(phases(batch, TINY, AMOUNTS))
+    for enough in (room, 2 * peak(64 * 25)):  # the shorter way comes to the same
+        assert largest_micro_batch(batch, TINY, AMOUNTS, enough, known) == largest_micro_batch(
+            batch, TINY, AMOUNTS, enough
+        )
 
 
 @given(rows=st.integers(1, 300), most=st.integers(0, 400))
