@@ -35,7 +35,7 @@ from rlhf_tasks.ppo.rollout import Sampling
 from rlhf_tasks.ppo_stage import Trainer
 from rlhf_tasks.stages import STAGES
 from rlhf_tasks.store import DamagedEntry
-from rlhf_tasks.training import adamw
+from rlhf_tasks.training import adamw, load_training_state, optimizer_tensors, save_training_state
 from rlhf_tasks.trunk import freeze_trunk, frozen_names, learning, same_trunk, share_trunk
 from rlhf_tasks.workspace import Workspace
 
@@ -195,6 +195,20 @@ def test_an_iterations_weights_are_those_of_the_plain_path(four: list[Any]) -> N
         for name in one:
             close(one[name], other[name], 2e-5)
         assert any(not torch.equal(one[name], before.get_parameter(name)) for name in one)
+
+
+def test_unfinished_training_is_saved_without_the_trunk(four: list[Any], tmp_path: Path) -> None:
+    _, _, reward, critic = four  # which differ above the trunk
+    one, other = (adamw(learning(model).values(), 1e-3) for model in (reward, critic))
+    for weight in learning(reward).values():
+        weight.grad = torch.ones_like(weight)
+    one.step()
+    save_training_state(tmp_path, reward, one, 3)
+    assert load_file(tmp_path / "step-00000003/model.safetensors").keys() == learning(reward).keys()
+    assert load_training_state(tmp_path, critic, other, 9) == 3
+    assert all(torch.equal(weight, learning(reward)[name]) for name, weight in learning(critic).items())
+    moments = optimizer_tensors(other)
+    assert all(torch.equal(tensor, moments[name]) for name, tensor in optimizer_tensors(one).items())
 
 
 @torch.no_grad()
