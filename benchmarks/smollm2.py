@@ -24,7 +24,8 @@ from rlhf_tasks.models import load_tokenizer
 PAGE, TITLE = REPOSITORY / "docs/results.md", "## SmolLM2-135M-Instruct, on the same ratings"
 WORDS = 6  # a text is found by its first words
 READING = """
-One run of the profile `smollm2` (`rlhf use smollm2`), of revision f524b75, seed 0. The settings were chosen beforehand.
+One run, seed 0, with the settings of the profile `smollm2` as they are now, on the code of revision f524b75; sums have
+been rounded otherwise since, so another run draws other answers. The settings were chosen before it and not since.
 A model of 135 million weights that has read much orders the pairs far better than bags of words do, and than the tiny
 model above. The Actor gains what the tiny one gains, at like KL, and with shorter answers. Where both answers are cut
 to the shorter one's length, which takes the ends of sentences away, nearly all of the Reward's gain is gone and all of

@@ -48,7 +48,9 @@ def _say(
         soft_wrap=True,
     )
     if not amounts.known:
-        console.print("The data is not prepared, so its size is not known: `rlhf run --until prepare` first.")
+        console.print(
+            "The data is not prepared with these parameters, so its size is not known: `rlhf run --until prepare`."
+        )
     table = Table(title=f"On {machine.name}", title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     table.add_column("stage")
     table.add_column("part")

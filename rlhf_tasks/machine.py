@@ -83,7 +83,7 @@ def named_gpu(text: str) -> tuple[int, Machine]:
     Raises:
         UserError: it is none of these.
     """
-    match = re.fullmatch(r"(?:(\d+)x)?(?:([\d.]+) ?GB|([\w-]+))", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(?:(\d+)x)?(?:(\d+(?:\.\d+)?) ?GB|([\w-]+))", text.strip(), re.IGNORECASE)
     count = int(match[1] or 1) if match else 0
     if match is None or not count:
         raise UserError(f"--gpu {text}: expected a name or a size, such as H100, 2xA100 or 1x24GB")

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_tasks import evaluate as evaluation
+from rlhf_tasks import keying
 from rlhf_tasks.base import find_base, load_settings
 from rlhf_tasks.config import Params
 from rlhf_tasks.data.batching import Batch, Line
@@ -35,6 +36,8 @@ from rlhf_tasks.ppo.optimization import actor_gradient, critic_gradient
 from rlhf_tasks.ppo.rollout import Sampling, sample
 from rlhf_tasks.reward import SCORING_BATCH_TOKENS, pairwise_loss, score_texts
 from rlhf_tasks.sft import learn_rows
+from rlhf_tasks.stages import STAGES
+from rlhf_tasks.store import canonical_json
 from rlhf_tasks.training import adamw, clipped_step
 from rlhf_tasks.trunk import freeze_trunk, learning, share_trunk
 
@@ -49,6 +52,7 @@ class Amounts:
     Attributes:
         prompt, response: mean tokens.
         longest: tokens of the longest row.
+        longest_prompt: of the longest prompt, as long as which a rollout makes its cache.
     """
 
     sft_rows: float
@@ -56,6 +60,7 @@ class Amounts:
     prompt: float
     response: float
     longest: int
+    longest_prompt: int
     known: bool
 
 
@@ -80,21 +85,31 @@ class Sizes:
 
 
 def amounts_of(root: Path, params: Params) -> Amounts:
-    """What `prepare` counted, if it has run here; else upper bounds, and no rows."""
+    """What `prepare` counted, if it has run here with these parameters; else upper bounds, and no rows."""
     path, data = root / "metrics/prepare.json", params.data
     bound = data.max_prompt_tokens + data.max_response_tokens
-    if not path.exists():
-        return Amounts(0, 0, data.max_prompt_tokens, data.max_response_tokens, bound, known=False)
-    document = json.loads(path.read_text())
+    if not path.exists() or not _prepared_so(root, params):
+        most = data.max_prompt_tokens
+        return Amounts(0, 0, most, data.max_response_tokens, bound, most, known=False)
     try:
+        document = json.loads(path.read_text())
         tokens = document["details"]["tokens"]["sft_train"]
         prompt, response = tokens["prompt"], tokens["response"]
         longest = math.ceil(prompt["max"] + response["max"])
-        return Amounts(
-            document["sft_train"], document["pairs_train"], prompt["mean"], response["mean"], longest, known=True
-        )
-    except (KeyError, TypeError):
+        rows, means = (document["sft_train"], document["pairs_train"]), (prompt["mean"], response["mean"])
+        return Amounts(*rows, *means, longest, math.ceil(prompt["max"]), known=True)
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: not what `prepare` writes; run `rlhf run --until prepare`") from None
+
+
+def _prepared_so(root: Path, params: Params) -> bool:
+    """Whether the data was prepared with these parameters, as its lineage tells."""
+    stage = STAGES["prepare"]
+    try:
+        made_of = json.loads((root / stage.lineage).read_text())["parameters"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(made_of == json.loads(canonical_json(keying.parameters(params, stage))))
 
 
 def settings_of(root: Path, params: Params) -> Any:
@@ -312,8 +327,9 @@ def _rollout(meter: Meter, actor: Any, rows: int, params: Params, amounts: Amoun
     def draw(logits: Tensor) -> None:
         sample(logits, torch.ones(rows, dtype=torch.double), sampling)
 
-    first = _forward(meter, lambda: draw(read(prompt, Cache(prompt + new))))
-    cache = Cache(prompt + new)
+    room = max(prompt, amounts.longest_prompt) + new
+    first = _forward(meter, lambda: draw(read(prompt, Cache(room))))
+    cache = Cache(room)
     with torch.no_grad():
         read(prompt + new - 1, cache)
     last = _forward(meter, lambda: draw(read(1, cache)))

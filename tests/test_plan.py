@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flows.plan import say_plan
+from rlhf_tasks import keying
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.machine import GPUS, Machine, named_gpu, this_machine
 from rlhf_tasks.meter import Meter, Need, without_data
 from rlhf_tasks.plan import Amounts, _ppo, amounts_of, largest_micro_batch, most_that_fit, phases, settings_of, sizes_of
+from rlhf_tasks.stages import STAGES
 from rlhf_tasks.training import adamw
 from rlhf_tasks.workspace import Workspace
 
@@ -30,7 +33,7 @@ TINY = LlamaConfig(
     num_key_value_heads=1,
     tie_word_embeddings=True,
 )
-AMOUNTS = Amounts(1000, 500, 5.0, 20.0, 40, known=True)
+AMOUNTS = Amounts(1000, 500, 5.0, 20.0, 40, 5, known=True)
 
 
 def train(meter: Meter) -> Need:
@@ -116,6 +119,17 @@ def test_a_trunk_for_four_is_planned(sketch: Workspace) -> None:
     assert grown == states * (64 - top.ppo.batch)
 
 
+def test_a_rollouts_cache_is_as_long_as_the_longest_prompt(sketch: Workspace) -> None:
+    settings = settings_of(sketch.root, sketch.params)
+    usual, skewed = (
+        next(phase.need for phase in phases(sketch.params, settings, amounts) if phase.name == "rollout")
+        for amounts in (AMOUNTS, replace(AMOUNTS, longest_prompt=1505))
+    )
+    heads = settings.num_key_value_heads * settings.head_dim
+    cache = 1500 * 2 * 4 * heads * settings.num_hidden_layers * sketch.params.ppo.batch
+    assert skewed.peak - usual.peak == pytest.approx(cache, rel=0.02)
+
+
 def test_the_largest_micro_batch_is_the_largest(sketch: Workspace) -> None:
     params = with_params(sketch, "ppo.batch=64", "generation.max_new_tokens=20").params
 
@@ -163,7 +177,7 @@ def test_gpus_by_size_and_what_is_none() -> None:
     assert named_gpu("24GB")[1].seconds(Need(flops=1.0)) is None
     with pytest.raises(UserError, match="did you mean H100"):
         named_gpu("H10O")
-    for wrong in ("", "0xH100", "2x", "-1xH100"):
+    for wrong in ("", "0xH100", "2x", "-1xH100", "1.2.3GB", ".GB"):
         with pytest.raises(UserError, match=r"--gpu"):
             named_gpu(wrong)
 
@@ -181,10 +195,15 @@ def test_what_prepare_counted_is_used_where_it_is(sketch: Workspace) -> None:
     path = sketch.root / "metrics/prepare.json"
     tokens = {"prompt": {"mean": 3.5, "max": 7}, "response": {"mean": 20.5, "max": 24}}
     path.write_text(json.dumps({"sft_train": 10, "pairs_train": 5, "details": {"tokens": {"sft_train": tokens}}}))
-    assert amounts_of(sketch.root, sketch.params) == Amounts(10, 5, 3.5, 20.5, 31, known=True)
-    path.write_text("{}")
-    with pytest.raises(UserError, match=r"prepare.json: not what `prepare` writes"):
-        amounts_of(sketch.root, sketch.params)
+    stage = STAGES["prepare"]
+    made_of = {"parameters": keying.parameters(sketch.params, stage)}
+    (sketch.root / stage.lineage).write_text(json.dumps(made_of))
+    assert amounts_of(sketch.root, sketch.params) == Amounts(10, 5, 3.5, 20.5, 31, 7, known=True)
+    assert not amounts_of(sketch.root, with_params(sketch, "data.max_prompt_tokens=99").params).known
+    for damaged in ("{}", '{"details'):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=r"prepare.json: not what `prepare` writes"):
+            amounts_of(sketch.root, sketch.params)
     path.unlink()
     assert not amounts_of(sketch.root, sketch.params).known
 

@@ -105,7 +105,7 @@ class Encoder:
             self.same_after_cut += 1
             return None
         answers = self._cut("chosen", chosen, row), self._cut("rejected", rejected, row)
-        self.balance.add(len(answers[0]), len(answers[1]), row.margin)
+        self.balance.add(len(chosen), len(rejected), row.margin)
         best, worst = (question + answer for answer in answers)
         values = (row.prompt, row.chosen, row.rejected, best, [1] * len(best), worst, [1] * len(worst), row.margin)
         return dict(zip(SCHEMAS["pairs"].names, values, strict=True))

@@ -35,6 +35,7 @@ ALPACA_RESPONSE = "\n\n### Response:"
 
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 PAD, EOS = "<pad>", "<eos>"
+PIECE = 5000  # characters that merges are learnt from at once: a longer run without white space takes its square
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -130,7 +131,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, special_strings: Sequ
     if special_strings:
         cut = re.compile("|".join(map(re.escape, special_strings)))
         texts = (part for text in texts for part in cut.split(text))
-    tokenizer.train_from_iterator(texts, trainer)
+    pieces = (text[start : start + PIECE] for text in texts for start in range(0, len(text), PIECE))
+    tokenizer.train_from_iterator(pieces, trainer)
     # Not "special" ones: those vanish when a decoder skips special tokens, and the prompt's text would change.
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in special_strings])
     return PreTrainedTokenizerFast(

@@ -113,6 +113,13 @@ def test_the_trained_tokenizer_has_its_own_pad_and_eos_and_no_bos():
     assert len(encode_response(SCRATCH, " great film", 99)) == 3  # merges were learnt
 
 
+@pytest.mark.timeout(60)
+def test_a_long_text_without_white_space_does_not_hold_training_up():
+    """The trainer takes the square of such a run's length: half a million letters were hours."""
+    made = train_tokenizer(["x" * 500_000, "电影很好看" * 20_000], 300, [])
+    assert len(encode_response(made, "x" * 1000, 10**6)) < 1000
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_the_trained_tokenizer_is_lossless(text):
