@@ -501,7 +501,7 @@ def _sentence(problem: Any) -> str:
         return f"`{key}` is missing; expected one of the section's required keys"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"`{key}`: {message}"
+        return f"`{key}`: {message}" if key else message  # of the whole: its message names the keys
     found = problem["input"]
     expected = (
         message.replace("Input should be", "expected")

@@ -254,7 +254,7 @@ def test_a_model_whose_layers_are_no_plain_chain_is_refused(tmp_path: Path) -> N
 def test_the_reward_must_have_kept_the_trunk(
     workspace: Callable[..., Workspace], reward: int | None, ppo: int, text: str
 ) -> None:
-    with pytest.raises(UserError, match=text):
+    with pytest.raises(UserError, match=f"^params.yaml: `ppo.trainable_layers: {ppo}` shares one trunk .*{text}"):
         workspace(f"ppo.trainable_layers={ppo}", f"reward.trainable_layers={'null' if reward is None else reward}")
 
 
