@@ -22,8 +22,7 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,12 @@ import torch
 
 from benchmarks.workload import Workload
 from flows.environment import configure_libraries
+from rlhf_tasks.machine import fastest
 
 HERE = Path(__file__).resolve().parent
 PEER = HERE.parent / ".rlhf/peer"
 PHASES = ("rollout", "evaluation", "experience", "optimization")
-SQUARE, COPY_BYTES, TRIES = 2048, 1 << 29, 5
+SQUARE, COPY_BYTES = 2048, 1 << 29
 ADAMW_BYTES = 28  # of a weight and optimizer step
 Run = dict[str, Any]
 
@@ -120,15 +120,6 @@ def measure_rates(threads: int) -> Rates:
     source, target = torch.rand(COPY_BYTES // 4), torch.empty(COPY_BYTES // 4)
     flops = 2 * SQUARE**3 / fastest(lambda: torch.mm(a, b))
     return Rates(flops, 2 * COPY_BYTES / fastest(lambda: target.copy_(source)))
-
-
-def fastest(work: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(TRIES):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
 
 
 def timed(one: Run) -> list[dict[str, float]]:

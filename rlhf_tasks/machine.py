@@ -70,9 +70,9 @@ def this_machine(threads: int) -> Machine:
     """This machine's CPU, its rates measured now, in about two seconds."""
     torch.set_num_threads(threads)
     a, b = torch.rand(MATRIX, MATRIX), torch.rand(MATRIX, MATRIX)
-    flops = 2 * MATRIX**3 / _fastest(partial(torch.mm, a, b))
+    flops = 2 * MATRIX**3 / fastest(partial(torch.mm, a, b))
     x, y = torch.rand(VECTOR), torch.rand(VECTOR)
-    bandwidth = 3 * x.nbytes / _fastest(partial(torch.add, x, y))
+    bandwidth = 3 * x.nbytes / fastest(partial(torch.add, x, y))
     name = f"this machine, {threads} thread{'s' * (threads > 1)}"
     return Machine(name, psutil.virtual_memory().total, _baseline(), flops, bandwidth, _operation_seconds())
 
@@ -99,7 +99,7 @@ def named_gpu(text: str) -> tuple[int, Machine]:
     return count, Machine(name, memory * GB, 0.0, teraflops * 1e12, terabytes * 1e12, LAUNCH)
 
 
-def _fastest(work: Callable[[], object]) -> float:
+def fastest(work: Callable[[], object]) -> float:
     """Seconds of the fastest of some tries."""
     seconds = []
     for _ in range(TRIES):
@@ -117,7 +117,7 @@ def _operation_seconds() -> float:
     with torch.no_grad():
         with Meter() as meter, meter.measure() as found:
             model(ids)
-        return _fastest(partial(model, ids)) / found[0].operations
+        return fastest(partial(model, ids)) / found[0].operations
 
 
 def _baseline() -> float:
