@@ -22,7 +22,7 @@ from rlhf_tasks.models import (
     set_up_torch,
     stop_ids,
 )
-from rlhf_tasks.ppo.experience import Episodes, per_token, policy_measures
+from rlhf_tasks.ppo.experience import Episodes, per_token, policy_logprobs
 from rlhf_tasks.ppo.rollout import Sampling, distinct_bigrams, ended, sample_responses
 from rlhf_tasks.reward import score_texts
 from rlhf_tasks.reward_function import load_reward_function
@@ -144,7 +144,7 @@ def sequence_kl(model: Any, anchor: Any, episodes: Episodes, temperature: float)
     device = next(model.parameters()).device
 
     def difference(batch: Batch) -> tuple[torch.Tensor]:
-        own, other = (policy_measures(policy, batch, temperature)[0] for policy in (model, anchor))
+        own, other = (policy_logprobs(policy, batch, temperature) for policy in (model, anchor))
         return (own - other,)
 
     (kl,) = per_token(difference, episodes, BATCH_TOKENS, device)

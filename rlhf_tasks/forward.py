@@ -67,7 +67,7 @@ def _read(model: Any, reading: _Reading) -> Tensor:
 
 def states_before(model: Any, batch: Batch) -> Tensor:
     """The trunk's output where each response token is predicted, the state before it: `[n, d]`."""
-    return hidden_states(model, batch.line)[batch.places - 1]
+    return hidden_states(model, batch.before)[batch.places_before]
 
 
 class Cache:
@@ -218,13 +218,11 @@ def _attend(
     mask = reading.mask(key.shape[2], sliding_window, query.dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups, one = query.shape[1] // key.shape[1], query.shape[2] == 1
-    if groups > 1 and one:  # decoding: the queries of a group stand in place of a text's, so no key is copied
+    if groups > 1 and one:  # decoding: the queries of a group stand in place of a text's
         query = query.reshape(query.shape[0], key.shape[1], groups, -1)
-    elif groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     if softcap is None:
-        causal = mask is None and not one
-        out = scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale)
+        causal, grouped = mask is None and not one, groups > 1 and not one
+        out = scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     else:
         out = _capped(query, key, value, mask, scale, softcap)
     return reading.gather(out.reshape(out.shape[0], -1, 1, out.shape[-1]) if one else out), None
@@ -232,6 +230,8 @@ def _attend(
 
 def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
     """Attention whose scores are softly capped (Gemma 2), step by step: no fused kernel knows it."""
+    if query.shape[1] > key.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
     if mask is None:
         mask = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)

@@ -2,7 +2,8 @@
 
 PyTorch makes a gradient anew at every step, in memory that the system gives page by page as it is first touched, and
 adds it to what there is in a pass of its own. Here gradients have their memory before they are worked out, and the
-products that make them (of linear maps, of the head in head.py) and the embeddings' look-up add to it directly.
+products that make them (of linear maps, of the head in head.py) and the embeddings' look-up add to it directly. What
+lies there at first is of another step: it is overwritten by the first product, so nobody needs to clear it before.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Embedding, Linear
+from torch.nn import Embedding, Linear, Parameter
 
 from rlhf_tasks.trunk import learning
 
 ALIGNMENT = 16  # elements, so that products begin where vector registers like it
 RUN = 2**14  # elements whose squares are added up at once: float32 loses what is added to a sum of far more
+STALE = "gradient_is_stale"  # an attribute of a weight: what its gradient's memory holds is no part of the gradient
 
 
 class GradientMemory:
@@ -30,22 +32,33 @@ class GradientMemory:
     def __init__(self) -> None:
         self._room = torch.empty(0)
         self._used = torch.empty(0)
+        self._weights: list[Parameter] = []
 
     @contextmanager
     def lent_to(self, model: Any) -> Iterator[None]:
-        """Inside, all weights of the model that learn have a gradient, which begins at 0; outside they have none."""
+        """Inside, the weights of the model that learn have a gradient, outside they have none.
+
+        It begins at 0, but may be read only after `norm`.
+        """
         add_in_place(model)
-        weights = list(learning(model).values())
-        sizes = [-(-weight.numel() // ALIGNMENT) * ALIGNMENT for weight in weights]
-        self._used = self._at_least(-(-sum(sizes) // RUN) * RUN, weights[0]).zero_()
-        for weight, part in zip(weights, self._used[: sum(sizes)].split(sizes), strict=True):
+        self._weights = list(learning(model).values())
+        sizes = [-(-weight.numel() // ALIGNMENT) * ALIGNMENT for weight in self._weights]
+        self._used = self._at_least(-(-sum(sizes) // RUN) * RUN, self._weights[0])
+        self._used[sum(sizes) :] = 0
+        hooks = []
+        for weight, part in zip(self._weights, self._used[: sum(sizes)].split(sizes), strict=True):
             assert weight.is_contiguous()  # AdamW's fused step takes weight, gradient and moments as laid out alike
+            part[weight.numel() :] = 0
             weight.grad = part[: weight.numel()].view_as(weight)
+            setattr(weight, STALE, True)
+            hooks.append(weight.register_hook(lambda _, weight=weight: _clear(weight)))  # before PyTorch adds to it
         try:
             yield
         finally:
-            for weight in weights:
+            for weight, hook in zip(self._weights, hooks, strict=True):
+                hook.remove()
                 weight.grad = None
+            self._weights = []
 
     def _at_least(self, size: int, like: Tensor) -> Tensor:
         if self._room.numel() < size or (self._room.dtype, self._room.device) != (like.dtype, like.device):
@@ -55,7 +68,31 @@ class GradientMemory:
 
     def norm(self) -> Tensor:
         """The Euclidean norm of all gradients of the model together, a scalar."""
+        for weight in self._weights:
+            _clear(weight)
         return torch.linalg.vector_norm(torch.linalg.vector_norm(self._used.view(-1, RUN), dim=1))
+
+
+def add_product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
+    """Add a product to a weight's gradient, in place if it has memory; else the product is given back."""
+    if weight.grad is None:
+        return left @ right
+    weight.grad.addmm_(left, right, beta=0 if _begin(weight) else 1)
+    return None
+
+
+def _begin(weight: Tensor) -> bool:
+    """Whether what the gradient's memory holds is stale; from now on it is not."""
+    stale = getattr(weight, STALE, False)
+    if stale:
+        setattr(weight, STALE, False)
+    return stale
+
+
+def _clear(weight: Tensor) -> None:
+    if _begin(weight):
+        assert weight.grad is not None
+        weight.grad.zero_()
 
 
 def add_in_place(model: Any) -> None:
@@ -94,8 +131,9 @@ class _Map(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
         inputs, weight, bias = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
-        weight.grad.addmm_(rows.T, inputs.flatten(0, -2))
+        add_product(weight, rows.T, inputs.flatten(0, -2))
         if bias is not None:
+            _clear(bias)
             bias.grad += rows.sum(0)
         return gradient @ weight if ctx.needs_input_grad[0] else None, None, None
 
@@ -115,5 +153,6 @@ class _LookUp(torch.autograd.Function):
         rows, ids = gradient.flatten(0, -2), ids.flatten()
         if ctx.unlearned is not None:
             rows = rows.masked_fill((ids == ctx.unlearned)[:, None], 0)
+        _clear(weight)
         weight.grad.index_add_(0, ids, rows)
         return None, None, None

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_tasks.gradients import add_product
+
 LEAST = -1e4  # e to that is 0, and 0 times it is 0, which 0 times -inf is not
-PIECE_ELEMENTS = 2**24  # logits at a time: 64 MB in float32
+FEW, RUN = range(4, 16), 1024
+PIECE_ELEMENTS = 2**23  # logits at a time: 32 MB in float32
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,13 @@ class Head:
 
     def logits(self, states: Tensor) -> Tensor:
         """`[n, d] -> [n, V]`."""
-        logits = torch.nn.functional.linear(states, self.weight, self.bias)
+        if (
+            len(states) in FEW and self.bias is None
+        ):  # for so few, products with short runs of a large matrix are faster
+            runs = self.weight.split(RUN)
+            logits = torch.cat([torch.nn.functional.linear(states, run) for run in runs], dim=1)
+        else:
+            logits = torch.nn.functional.linear(states, self.weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def pieces(self, count: int) -> Iterator[slice]:
@@ -42,11 +51,18 @@ class Head:
         return (slice(start, start + step) for start in range(0, count, step))
 
 
-def measures(head: Head, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token and entropy of its distribution, both `[n]`, for states `[n, d]`; no gradient."""
+def measures(
+    head: Head, states: Tensor, tokens: Tensor, temperature: float, *, with_entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token and entropy of its distribution, both `[n]`, for states `[n, d]`; no gradient.
+
+    Entropies that are not asked for are 0.
+    """
     with torch.no_grad():
         found = [
-            _Measures.apply(head.weight, states[piece], head.bias, tokens[piece], temperature, head.softcap, True)
+            _Measures.apply(
+                head.weight, states[piece], head.bias, tokens[piece], temperature, head.softcap, with_entropy
+            )
             for piece in head.pieces(len(tokens))
         ]
     logprobs, entropies = zip(*found, strict=True)
@@ -81,6 +97,8 @@ class _Measures(torch.autograd.Function):
     """With z the logits over the temperature, p = softmax(z), a the token, H = -Σ p log p:
 
     log p_a = z_a - log Σ exp z      ∂ log p_a / ∂z = 1[a] - p      ∂H / ∂z = -p (log p + H)
+
+    What is kept of the logits is exp(z - max z), and where the entropy is asked for also z - max z.
     """
 
     @staticmethod
@@ -96,43 +114,40 @@ class _Measures(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logits = Head(weight, bias, softcap).logits(states)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        ctx.slope = 1 - (logits / softcap) ** 2 if softcap else None
         if temperature != 1:
             logits /= temperature
-        total = logits.logsumexp(-1)
-        logp = logits.sub_(total[:, None])  # in place, as all that follows: nothing needs the logits any more
-        logprobs = logp.gather(1, tokens[:, None])[:, 0]
-        entropy = torch.zeros_like(total)
+        chosen, top = logits.gather(1, tokens[:, None])[:, 0], logits.amax(1)
+        shifted = logits.sub_(top[:, None])  # in place, as all that follows: nothing needs the logits any more
         if with_entropy:
-            entropy = -torch.linalg.vecdot(logp.exp(), logp.clamp(min=LEAST))
+            exps = shifted.clamp_(min=LEAST).exp()
+            total = exps.sum(1)
+            entropy = total.log() - torch.linalg.vecdot(exps, shifted) / total
+        else:
+            exps = shifted.exp_()
+            total = exps.sum(1)
+            entropy = torch.zeros_like(total)
         ctx.save_for_backward(weight, states, tokens, total, entropy)
-        ctx.logp, ctx.has_bias, ctx.temperature, ctx.softcap = logp, bias is not None, temperature, softcap
-        ctx.with_entropy = with_entropy
-        return logprobs, entropy
+        ctx.exps, ctx.shifted, ctx.with_entropy = exps, shifted, with_entropy
+        ctx.has_bias, ctx.temperature = bias is not None, temperature
+        return chosen - top - total.log(), entropy
 
     @staticmethod
     def backward(ctx: Any, for_logprobs: Tensor, for_entropy: Tensor) -> tuple[Tensor | None, ...]:
         weight, states, tokens, total, entropy = ctx.saved_tensors
-        logp, ctx.logp, by_entropy = ctx.logp, None, None
-        slope = 1 - ((logp + total[:, None]) * ctx.temperature / ctx.softcap) ** 2 if ctx.softcap else None
+        exps, shifted, ctx.exps, ctx.shifted = ctx.exps, ctx.shifted, None, None
         if ctx.with_entropy:
-            by_entropy = -for_entropy[:, None] * logp.exp() * (logp.clamp(min=LEAST) + entropy[:, None])
-        gradient = logp.exp_().mul_(-for_logprobs[:, None])
+            outer = shifted.add_((entropy - total.log())[:, None])  # log p + H
+            exps.mul_(outer.mul_(for_entropy[:, None]).add_(for_logprobs[:, None]))
+            gradient = exps.div_(-total[:, None])
+        else:
+            gradient = exps.mul_((-for_logprobs / total)[:, None])
         gradient.scatter_add_(1, tokens[:, None], for_logprobs[:, None])
-        if by_entropy is not None:
-            gradient += by_entropy
         if ctx.temperature != 1:
             gradient /= ctx.temperature
-        if slope is not None:
-            gradient *= slope
+        if ctx.slope is not None:
+            gradient *= ctx.slope
         gradient = gradient.to(states.dtype)
         for_bias = gradient.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        for_weight = _add_product(weight, gradient.T, states) if ctx.needs_input_grad[0] else None
+        for_weight = add_product(weight, gradient.T, states) if ctx.needs_input_grad[0] else None
         return for_weight, gradient @ weight, for_bias, None, None, None, None
-
-
-def _add_product(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
-    """Add a product to a weight's gradient, in place if there is one (gradients.py); else it is given back."""
-    if weight.grad is None:
-        return left @ right
-    weight.grad.addmm_(left, right)
-    return None

@@ -31,7 +31,7 @@ from rlhf_tasks.forward import Cache, hidden_states
 from rlhf_tasks.gradients import GradientMemory
 from rlhf_tasks.head import Head
 from rlhf_tasks.meter import Meter, Need, without_data
-from rlhf_tasks.ppo.experience import Experience, policy_measures, response_scores, response_values, whole_kl
+from rlhf_tasks.ppo.experience import Experience, policy_logprobs, response_scores, response_values, whole_kl
 from rlhf_tasks.ppo.optimization import actor_gradient, critic_gradient
 from rlhf_tasks.ppo.rollout import Sampling, sample
 from rlhf_tasks.reward import SCORING_BATCH_TOKENS, pairwise_loss, score_texts
@@ -271,7 +271,7 @@ class _FourModels:
         def judge() -> None:
             if self.params.ppo.kl.estimator == "full":
                 whole_kl(self.actor, self.ref, batch, 1.0)
-            policy_measures(self.ref, batch, 1.0)
+            policy_logprobs(self.ref, batch, 1.0)
             response_values(self.critic, batch)
             response_scores(self.reward, batch)
 
@@ -309,7 +309,7 @@ def _evaluate(params: Params, settings: Any, amounts: Amounts) -> Iterator[Phase
         texts = _texts(evaluation.BATCH_TOKENS, prompt + new)
         scored = _forward(meter, lambda: score_texts(reward, texts, CPU)).times(2 * questions / len(texts))
         batch = _batch(len(texts), prompt, new)
-        compared = _forward(meter, lambda: [policy_measures(m, batch, 1.0) for m in (actor, sft)])
+        compared = _forward(meter, lambda: [policy_logprobs(m, batch, 1.0) for m in (actor, sft)])
         compared = compared.times(questions / len(texts))
         yield Phase("evaluate", "both models", drawn + scored + compared, 2.0 * questions * (prompt + new))
 

@@ -29,14 +29,15 @@ def test_they_are_pytorchs_own(tmp_path: Path, name: str) -> None:
     for _ in range(2):  # what was there before does not count
         with memory.lent_to(ours):
             loss(ours).backward()
+            norm = memory.norm()
             for (weight, mine), (_, expected) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
                 assert mine.grad is not None
                 own = torch.zeros_like(expected) if expected.grad is None else expected.grad
                 torch.testing.assert_close(
                     mine.grad, own, rtol=1e-9, atol=1e-12, msg=lambda text, w=weight: f"{w}: {text}"
                 )
-            norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
-            torch.testing.assert_close(memory.norm(), norm)
+            own = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
+            torch.testing.assert_close(norm, own)
 
 
 def test_micro_batches_add_up() -> None:
@@ -54,8 +55,7 @@ def test_the_norm_of_many_weights_is_not_rounded_away() -> None:
     """Sums of squares in float32 stop growing at 16 million equal ones."""
     table, memory = nn.Embedding(50_000, 1000), GradientMemory()
     with memory.lent_to(table):
-        assert table.weight.grad is not None
-        table.weight.grad.fill_(1.0)
+        table.weight.sum().backward()
         assert memory.norm().item() == pytest.approx(50_000_000**0.5, rel=1e-5)
 
 
@@ -63,14 +63,27 @@ def test_one_room_serves_models_of_any_size_in_turn() -> None:
     memory = GradientMemory()
     small, large = nn.Linear(3, 2), nn.Linear(40, 30)
     places = set()
-    for model in (large, small, large):
+    for model, scale in ((large, torch.inf), (small, torch.inf), (large, 1.0)):
         with memory.lent_to(model):
-            assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
-            (model(torch.ones(1, model.in_features)).sum() * torch.inf).backward()
+            (model(torch.ones(1, model.in_features)).sum() * scale).backward()
+            assert memory.norm().item() == pytest.approx(scale * sum(p.numel() for p in model.parameters()) ** 0.5)
             places.add(model.weight.grad.data_ptr())  # type: ignore[union-attr]
             assert all(p.grad.data_ptr() % (4 * ALIGNMENT) == 0 for p in model.parameters() if p.grad is not None)
         assert all(p.grad is None for p in model.parameters())
     assert len(places) == 1
+
+
+def test_what_pytorch_adds_itself_is_not_added_to_what_lay_there() -> None:
+    """A linear map's weight that is used by another way as well, and one that nothing uses."""
+    layer, memory = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2)), GradientMemory()
+    used, idle = layer[0], layer[1]
+    for _ in range(2):
+        with memory.lent_to(layer):
+            (used(torch.ones(1, 3)).sum() + used.weight.sum()).backward()
+            assert memory.norm().item() == pytest.approx((6 * 4 + 2) ** 0.5)
+            assert idle.weight.grad is not None
+            assert not idle.weight.grad.any()
+            layer.get_parameter("1.weight").grad.fill_(torch.nan)  # type: ignore[union-attr]
 
 
 def test_no_gradient_is_left_when_learning_fails() -> None:

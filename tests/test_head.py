@@ -101,7 +101,7 @@ def close(actual: Tensor, expected: Tensor, gap: float = TINY) -> None:
 @given(cases())
 def test_measures_are_those_of_the_whole_softmax(case: Case) -> None:
     with case.in_pieces():
-        found = measures(case.head, case.states, case.tokens, case.temperature)
+        found = measures(case.head, case.states, case.tokens, case.temperature, with_entropy=True)
     named = functional.response_logprobs, functional.entropy
     logits = case.logits()[None]
     by_name = named[0](logits, case.tokens[None], 1.0)[0], named[1](logits, 1.0)[0]
@@ -128,7 +128,7 @@ def far_from_zero(dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], tuple[Tens
     low, states = Head(case.head.weight.to(dtype), (case.head.bias - 100).to(dtype), None), case.states.to(dtype)
     logits = low.logits(states)[None].double()
     exact = functional.response_logprobs(logits, case.tokens[None], 1.0), functional.entropy(logits, 1.0)
-    return measures(low, states, case.tokens, 1.0), (exact[0][0].float(), exact[1][0].float())
+    return measures(low, states, case.tokens, 1.0, with_entropy=True), (exact[0][0].float(), exact[1][0].float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -237,7 +237,7 @@ def excluding() -> Case:
 def test_a_token_that_cannot_be_adds_nothing_to_the_entropy() -> None:
     case = excluding()
     with case.in_pieces():
-        logprobs, entropies = measures(case.head, case.states, case.tokens, case.temperature)
+        logprobs, entropies = measures(case.head, case.states, case.tokens, case.temperature, with_entropy=True)
     close(entropies, functional.entropy(case.logits()[None], 1.0)[0])
     close(logprobs, functional.response_logprobs(case.logits()[None], case.tokens[None], 1.0)[0])
     assert entropies.isfinite().all()

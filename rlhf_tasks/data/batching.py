@@ -56,7 +56,7 @@ class Batch:
 
     Attributes:
         line: all tokens.
-        places: where in the line the response tokens are, `[n]`. The state before each is one place to the left.
+        places: where in the line the response tokens are, `[n]`.
     """
 
     line: Line
@@ -80,3 +80,17 @@ class Batch:
     def tokens(self) -> Tensor:
         """The response tokens, `[n]`."""
         return self.line.ids[self.places]
+
+    @cached_property
+    def before(self) -> Line:
+        """The line without each text's last token, from which nothing is predicted."""
+        line = self.line
+        places = np.delete(np.arange(sum(line.lengths)), np.cumsum(line.lengths) - 1)
+        kept = torch.from_numpy(places).to(line.ids.device)
+        trunk = None if line.trunk is None else line.trunk[kept]
+        return Line(line.ids[kept], tuple(length - 1 for length in line.lengths), line.starts, trunk)
+
+    @property
+    def places_before(self) -> Tensor:
+        """Where in `before` the token to the left of each response token is, `[n]`."""
+        return self.places - 1 - torch.searchsorted(self.line.ends, self.places)

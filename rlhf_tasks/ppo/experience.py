@@ -117,7 +117,7 @@ def evaluate_episodes(
     old_logprobs, entropy = drawn_measures(episodes, actor) or over(
         lambda batch: policy_measures(actor, batch, temperature)
     )
-    ref_logprobs, _ = over(lambda batch: policy_measures(ref, batch, temperature))
+    (ref_logprobs,) = over(lambda batch: (policy_logprobs(ref, batch, temperature),))
     if ppo.kl.estimator == "full":
         (kl,) = over(lambda batch: (whole_kl(actor, ref, batch, temperature),))
     else:
@@ -214,7 +214,12 @@ def drawn_measures(episodes: Episodes, actor: Any) -> tuple[Tensor, Tensor] | No
 
 def policy_measures(policy: Any, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the response tokens by an Actor or Ref, and its entropies there: two times `[n]`."""
-    return measures(Head.of(policy), states_before(policy, batch), batch.tokens, temperature)
+    return measures(Head.of(policy), states_before(policy, batch), batch.tokens, temperature, with_entropy=True)
+
+
+def policy_logprobs(policy: Any, batch: Batch, temperature: float) -> Tensor:
+    """The log-probabilities alone, `[n]`."""
+    return measures(Head.of(policy), states_before(policy, batch), batch.tokens, temperature)[0]
 
 
 def whole_kl(actor: Any, ref: Any, batch: Batch, temperature: float) -> Tensor:

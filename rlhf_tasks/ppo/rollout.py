@@ -132,16 +132,19 @@ def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Drawn:
     The look-up is in two steps, the block of tokens and then the token, so that sums in double precision are of blocks.
     """
     rows, count = logits.shape
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if sampling.temperature != 1:
+        scaled = scaled / sampling.temperature
     shifted = (scaled - scaled.amax(-1, keepdim=True)).clamp_(min=LEAST)
     blocks = -(-count // BLOCK)
     weights = shifted.new_zeros(rows, blocks * BLOCK)
     torch.exp(shifted, out=weights[:, :count])
-    total = weights.sum(-1, dtype=torch.float64)
+    sums = weights.view(rows, blocks, BLOCK).sum(-1).double()
+    total = sums.sum(-1)
     mean = torch.linalg.vecdot(weights[:, :count], shifted) / total
     if sampling.truncates:
         weights[:, :count] = truncate(weights[:, :count].double(), sampling)
-    sums = weights.view(rows, blocks, BLOCK).sum(-1, dtype=torch.float64)
+        sums = weights.view(rows, blocks, BLOCK).sum(-1).double()
     upto = sums.cumsum(-1)
     target = draws[:, None] * upto[:, -1:]
     block = _find(upto, target)
