@@ -47,7 +47,7 @@ def main() -> None:
     workload = Workload.load(given.workload, given.model)
     state, fixed, ppo = start(workload, given.trainable_layers)
     iterations = [one(state, fixed, ppo, workload) for _ in range(given.iterations)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    peak = peak_gib()
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         save_state(Path(folder), state)
@@ -105,7 +105,7 @@ def models(workload: Workload, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def one(state: PPOState, fixed: Fixed, ppo: config.PPO, workload: Workload) -> dict[str, float]:
-    """An iteration: its seconds by phase, and its tokens."""
+    """An iteration: its seconds by phase, its tokens, and the peak of the memory so far."""
     metrics, timings = iterate(state, fixed, ppo, workload.seed)
     response = timings["response_tokens"]
     prompts = pick_prompts(fixed.prompts, ppo.batch, workload.seed, state.iteration)
@@ -114,7 +114,13 @@ def one(state: PPOState, fixed: Fixed, ppo: config.PPO, workload: Workload) -> d
         "prompt_tokens": sum(map(len, prompts)),
         "response_tokens": response,
         "steps": metrics["response/length_max"],
+        "peak_gib": peak_gib(),
     }
+
+
+def peak_gib() -> float:
+    """The most memory that the process had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 def sizes(state: PPOState) -> dict[str, int]:
