@@ -24,13 +24,10 @@ from scipy.sparse import vstack
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from rlhf_tasks.config import Params, load_params
 from rlhf_tasks.data.tables import TokenColumn, read_table
-from rlhf_tasks.evaluate import Answers, answer, gains, heldout_prompts, measure, vader
-from rlhf_tasks.models import load_actor, load_score_statistics, load_scorer, load_tokenizer, set_up_torch
-from rlhf_tasks.ppo.experience import Episodes
+from rlhf_tasks.evaluate import vader
+from rlhf_tasks.models import load_tokenizer
 from rlhf_tasks.reward import wilson_interval
-from rlhf_tasks.seeds import derive_seed
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
@@ -97,52 +94,13 @@ def bag_of_words_accuracy(train: Texts, heldout: Texts) -> float:
     return agreement(model.decision_function(difference(heldout)))
 
 
-def best_of(clone: Path, params: Params) -> dict[int, dict[str, float]]:
-    """SFT's best answer of n by the Reward, against its one answer in the evaluation, on the same prompts."""
-    device, tokenizer = set_up_torch(params.runtime), load_tokenizer(clone / "checkpoints/sft")
-    sft, scorer = load_actor(clone / "checkpoints/sft", device), load_scorer(clone / "checkpoints/reward", device)
-    _, std = load_score_statistics(clone / "checkpoints/reward")
-    prompts = heldout_prompts(clone / "data/prepared/prompts", params.evaluate.prompts, params.seed)
-
-    def try_with(seed: int) -> Answers:
-        return measure(answer(sft, prompts, tokenizer, params.generation, seed), scorer, tokenizer, "vader")
-
-    once = try_with(params.seed)
-    tries = [try_with(derive_seed(params.seed, "results", "best of", i)) for i in range(max(BEST_OF))]
-    found = {}
-    for n in BEST_OF:
-        best = _best(tries[:n])
-        found[n] = gains(once, best, std, params.evaluate.bootstrap, params.seed) | {
-            "kl_bound": float(np.log(n) - (n - 1) / n),
-            "length_ratio": float(best.lengths.mean() / once.lengths.mean()),
-        }
-    return found
-
-
-def _best(tries: list[Answers]) -> Answers:
-    """Of several answers to each prompt the one that the Reward likes most."""
-    picked = list(enumerate(np.stack([t.scores for t in tries]).argmax(axis=0).tolist()))
-    return Answers(
-        Episodes(
-            tries[0].episodes.prompts,
-            [tries[n].episodes.responses[i] for i, n in picked],
-            [tries[n].episodes.ended[i] for i, n in picked],
-        ),
-        [tries[n].texts[i] for i, n in picked],
-        np.array([tries[n].scores[i] for i, n in picked]),
-        np.array([judged[i] for i, n in picked if (judged := tries[n].judged) is not None]),
-        np.array([tries[n].lengths[i] for i, n in picked]),
-    )
-
-
 def baselines(clone: Path) -> dict[str, Any]:
-    """On the pairs and prompts that the clone's last run was measured on."""
-    params, tokenizer = load_params(clone / "params.yaml"), load_tokenizer(clone / "checkpoints/sft")
+    """On the pairs that the clone's last run was measured on."""
+    tokenizer = load_tokenizer(clone / "checkpoints/sft")
     train, heldout = (Texts(clone, split, tokenizer) for split in ("train", "heldout"))
     return {
         "vader": vader_accuracy(heldout),
         "bag_of_words": bag_of_words_accuracy(train, heldout),
-        "best_of": best_of(clone, params),
     }
 
 
@@ -196,7 +154,7 @@ FORMS = dict(ROWS.values())
 
 
 def render(seeds: dict[int, Metrics], base: dict[int, dict[str, Any]], ablated: dict[str, Metrics]) -> str:
-    parts = [_seeds(seeds), _pairs(seeds, base), _best_of(seeds, base)]
+    parts = [_seeds(seeds), _pairs(seeds, base), _best_of(seeds)]
     parts += [_ablations(seeds, ablated)] if ablated else []
     prompts = f"{seeds[0]['evaluate']['prompts']:.0f}"
     return HEAD.replace("{prompts}", prompts) + READING + "".join("\n" + "\n".join(lines) + "\n" for lines in parts)
@@ -242,17 +200,15 @@ def _pairs(seeds: dict[int, Metrics], base: dict[int, dict[str, Any]]) -> list[s
     ]
 
 
-def _best_of(seeds: dict[int, Metrics], base: dict[int, dict[str, Any]]) -> list[str]:
+def _best_of(seeds: dict[int, Metrics]) -> list[str]:
     """Means over seeds."""
-    compared = [("Actor, one answer", [m["evaluate"] for m in seeds.values()], "kl_sequence", "")]
-    compared += [
-        (f"SFT, best of {n}", [b["best_of"][n] for b in base.values()], "kl_bound", "at most ") for n in BEST_OF
-    ]
+    found = [m["evaluate"] for m in seeds.values()]
+    compared = [("Actor, one answer", "", "kl_sequence", "")]
+    compared += [(f"SFT, best of {n}", f"best_of_{n}_", f"best_of_{n}_kl_bound", "at most ") for n in BEST_OF]
     rows = []
-    for text, found, kl, bound in compared:
-        score, judge, nats, length = (
-            mean(f[n] for f in found) for n in ("score_gain", "judge_gain", kl, "length_ratio")
-        )
+    for text, of, kl, bound in compared:
+        names = (f"{of}score_gain", f"{of}judge_gain", kl, f"{of}length_ratio")
+        score, judge, nats, length = (mean(f[n] for f in found) for n in names)
         rows.append([text, f"{score:+.2f}", f"{judge:+.3f}", f"{bound}{nats:.2f}", f"{length:.2f}"])
     return [
         "## Beside SFT's best answer of n, by the same Reward (means over seeds)",

@@ -299,6 +299,7 @@ class PPO(Section):
 
 class Evaluate(Section):
     prompts: Count = 512
+    best_of: Count = 16
     judge: Literal["vader"] | None = None
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     examples: Annotated[int, Field(ge=0)] = 6

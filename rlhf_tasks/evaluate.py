@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from rlhf_tasks.best_of import Draws, best_of
 from rlhf_tasks.data.batching import Batch
 from rlhf_tasks.data.tables import TokenColumn, read_table
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.intervals import interval
 from rlhf_tasks.models import (
     load_actor,
     load_score_statistics,
@@ -71,9 +73,9 @@ def run(
     questions = heldout_prompts(prompts, evaluate.prompts, seed)
     scorer = load_scorer(reward, device)
     models = {"sft": load_actor(sft, device), "actor": load_actor(actor, device)}
-    answers = {}
+    answers, total = {}, 1 + evaluate.best_of
     for done, (name, model) in enumerate(models.items()):
-        progress(done=done, total=len(models))
+        progress(done=done, total=total)
         episodes = answer(model, questions, tokenizer, generation, seed)
         answers[name] = measure(episodes, scorer, tokenizer, evaluate.judge)
     kl = sequence_kl(models["actor"], models["sft"], answers["actor"].episodes, generation.temperature)
@@ -87,7 +89,14 @@ def run(
         own = {name: score(questions, a.episodes.responses).double().numpy() for name, a in answers.items()}
         metrics |= {f"{name}_function": float(values.mean()) for name, values in own.items()}
         metrics |= interval("function_gain", own["actor"] - own["sft"], evaluate.bootstrap, seed)
-    progress(done=len(models), total=len(models))
+    draws = [answers["sft"]]
+    for draw in range(1, evaluate.best_of):
+        progress(done=1 + draw, total=total)
+        others = derive_seed(seed, "evaluate", "best of", draw)
+        episodes = answer(models["sft"], questions, tokenizer, generation, others)
+        draws.append(measure(episodes, scorer, tokenizer, evaluate.judge))
+    metrics |= best_of(together(draws), score_std, evaluate.bootstrap, seed)
+    progress(done=total, total=total)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     save_samples(out / "samples.jsonl", questions, answers, kl, tokenizer)
     return metrics
@@ -126,6 +135,13 @@ def measure(episodes: Episodes, scorer: Any, tokenizer: Any, judge: str | None) 
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     judged = np.array([vader(text) for text in texts]) if judge == "vader" else None
     return Answers(episodes, texts, scores, judged, np.array([len(r) for r in episodes.responses], dtype=float))
+
+
+def together(draws: list[Answers]) -> Draws:
+    """Several answers to each prompt."""
+    judged = [draw.judged for draw in draws if draw.judged is not None]
+    scores, lengths = (np.stack([getattr(draw, name) for draw in draws]) for name in ("scores", "lengths"))
+    return Draws(scores, np.stack(judged) if judged else None, lengths)
 
 
 def cut_to_equal_length(one: Episodes, other: Episodes) -> tuple[Episodes, Episodes]:
@@ -167,7 +183,7 @@ def compare(
             metrics[f"{name}_judge"] = float(answers.judged.mean())
     metrics |= gains(sft, actor, score_std, resamples, seed)
     better, same = actor.scores > sft.scores, actor.scores == sft.scores
-    metrics["win_rate"] = float(np.mean(better) + np.mean(same) / 2)
+    metrics |= interval("win_rate", better + same / 2, resamples, seed)
     metrics |= interval("kl_sequence", kl, resamples, seed)
     metrics["length_ratio"] = metrics["actor_length"] / metrics["sft_length"]
     return metrics
@@ -179,14 +195,6 @@ def gains(sft: Answers, actor: Answers, score_std: float, resamples: int, seed: 
     if sft.judged is not None and actor.judged is not None:
         found |= interval("judge_gain", actor.judged - sft.judged, resamples, seed)
     return found
-
-
-def interval(name: str, values: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
-    """Mean of N values with its 95 % percentile bootstrap interval (Efron 1979): `name`, `name_low`, `name_high`."""
-    random = np.random.Generator(np.random.Philox(derive_seed(seed, "evaluate", "bootstrap", name)))
-    means = values[random.integers(0, len(values), (resamples, len(values)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {name: float(values.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 def vader(text: str) -> float:

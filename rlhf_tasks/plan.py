@@ -302,16 +302,17 @@ class _FourModels:
 def _evaluate(params: Params, settings: Any, amounts: Amounts) -> Iterator[Phase]:
     prompt, new = max(1, round(amounts.prompt)), params.generation.max_new_tokens
     questions = params.evaluate.prompts
+    answers = (1 + params.evaluate.best_of) * questions
     with without_data() as meter:
         sft, actor, reward = _actor(settings), _actor(settings), _scorer(settings)
         rows = min(questions, evaluation.ROLLOUT_ROWS)
-        drawn = _rollout(meter, actor, rows, params, amounts).times(2 * questions / rows)
+        drawn = _rollout(meter, actor, rows, params, amounts).times(answers / rows)
         texts = _texts(evaluation.BATCH_TOKENS, prompt + new)
-        scored = _forward(meter, lambda: score_texts(reward, texts, CPU)).times(2 * questions / len(texts))
+        scored = _forward(meter, lambda: score_texts(reward, texts, CPU)).times(answers / len(texts))
         batch = _batch(len(texts), prompt, new)
         compared = _forward(meter, lambda: [policy_logprobs(m, batch, 1.0) for m in (actor, sft)])
         compared = compared.times(questions / len(texts))
-        yield Phase("evaluate", "both models", drawn + scored + compared, 2.0 * questions * (prompt + new))
+        yield Phase("evaluate", "both models", drawn + scored + compared, float(answers) * (prompt + new))
 
 
 def _rollout(meter: Meter, actor: Any, rows: int, params: Params, amounts: Amounts) -> Need:

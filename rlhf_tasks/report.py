@@ -37,6 +37,7 @@ def make_report(root: Path, examples: int, until: str) -> Report:
         tables.append(_reward_table(reward))
     if evaluation:
         tables.append(_evaluation_table(evaluation))
+        tables += _best_of_tables(evaluation)
         tables.append(_samples_table(root / "samples/evaluate.jsonl", examples))
     if register:
         for rule, outcome in register["gate"].items():
@@ -90,10 +91,26 @@ def _evaluation_table(m: dict[str, Any]) -> Table:
         ["response length, tokens", f"{m['sft_length']:.1f}", f"{m['actor_length']:.1f}", f"x {m['length_ratio']:.2f}"],
         ["EOS rate", f"{m['sft_eos_rate']:.2f}", f"{m['actor_eos_rate']:.2f}", ""],
         ["distinct bigrams", f"{m['sft_distinct_bigrams']:.3f}", f"{m['actor_distinct_bigrams']:.3f}", ""],
-        ["win rate over SFT", "0.500", f"{m['win_rate']:.3f}", ""],
+        ["win rate over SFT", "0.500", f"{m['win_rate']:.3f} [{m['win_rate_low']:.3f}, {m['win_rate_high']:.3f}]", ""],
     ]
     title = f"SFT against Actor on {m['prompts']:.0f} held-out prompts"
     return (title, ["", "SFT", "Actor", "gain [95 % interval]"], rows)
+
+
+def _best_of_tables(m: dict[str, Any]) -> list[Table]:
+    """The Actor's one answer beside the best of several of SFT's; none where only one was drawn."""
+    rows = []
+    for n in (n for n in range(2, 10**4) if f"best_of_{n}_score_gain" in m):
+        rows.append([f"SFT, best of {n}", *_gained(m, f"best_of_{n}_"), f"at most {m[f'best_of_{n}_kl_bound']:.2f}"])
+    if not rows:
+        return []
+    rows.append(["Actor, one answer", *_gained(m, ""), f"{m['kl_sequence']:.2f}"])
+    return [("What drawing several answers does without training", ["", "score", "VADER", "length", "KL, nats"], rows)]
+
+
+def _gained(m: dict[str, Any], of: str) -> list[str]:
+    judge = f"{m[f'{of}judge_gain']:+.3f}" if f"{of}judge_gain" in m else ""
+    return [f"{m[f'{of}score_gain']:+.3f} sd", judge, f"x {m[f'{of}length_ratio']:.2f}"]
 
 
 def _samples_table(path: Path, examples: int) -> Table:

@@ -13,7 +13,8 @@ import torch
 
 from rlhf_tasks import evaluate
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.evaluate import Answers, compare, heldout_prompts, interval, sequence_kl, vader
+from rlhf_tasks.evaluate import Answers, compare, heldout_prompts, sequence_kl, vader
+from rlhf_tasks.intervals import interval
 from rlhf_tasks.ppo.experience import Episodes
 
 
