@@ -1,6 +1,6 @@
 """What must hold between rows: no duplicates, no contradictions, no text on both sides of the split.
 
-Texts are compared by digests: rows to the character, texts by a fingerprint of their words, blind to white space.
+Texts are compared by digests of their words, blind to white space and to how an accented letter is put together.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from rlhf_tasks.data.encoding import plain_text
 from rlhf_tasks.data.formats import Conversation, Prompt
 from rlhf_tasks.data.spill import DIGEST_BYTES, Ask, Pair, Spill, Text, first_like
+from rlhf_tasks.data.texts import normal
 
 SALT = b"rlhf held-out split"
 Twin = tuple[Spill[Any], npt.NDArray[np.int64]]
@@ -42,7 +43,7 @@ REASONS = ("duplicates", "contradictions", "leaks")
 
 def fingerprint(text: str, salt: bytes = b"") -> bytes:
     """16 bytes that stand for a text's words."""
-    return blake2b(" ".join(text.split()).encode(), digest_size=DIGEST_BYTES, key=salt).digest()
+    return blake2b(normal(text).encode(), digest_size=DIGEST_BYTES, key=salt).digest()
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -70,15 +71,24 @@ def is_heldout(text: str, fraction: float) -> bool:
 
 
 def drop_duplicates(table: Spill[Any], dropped: Dropped) -> None:
-    """Drop the rows that repeat, to the character, an earlier one of their side; margins are not compared."""
+    """Drop the rows that repeat the texts of an earlier one of their side; margins are not compared."""
     rows = np.flatnonzero(table.kept)
     first = rows[first_like(np.column_stack([table.heldout[rows].astype(np.uint64), table.identities[rows]]))]
     _drop(table, rows[first != rows], (table, first[first != rows]), dropped.duplicates)
 
 
+def same_words(pairs: Spill[Pair]) -> npt.NDArray[np.bool_]:
+    """Which pairs have answers that differ in white space alone, `[rows]`."""
+    same: npt.NDArray[np.bool_] = (pairs.identities == pairs.reversals).all(axis=1)
+    return same
+
+
 def drop_contradictions(pairs: Spill[Pair], dropped: Dropped) -> None:
-    """Drop the pairs that another pair turns round; of two that disagree neither is kept."""
-    rows = np.flatnonzero(pairs.kept)
+    """Drop the pairs that another pair turns round; of two that disagree neither is kept.
+
+    A pair whose answers differ in white space alone, as code may, is the same turned round, and is no contradiction.
+    """
+    rows = np.flatnonzero(pairs.kept & ~same_words(pairs))
     found = first_like(np.concatenate([pairs.identities[rows], pairs.reversals[rows]]))[len(rows) :]
     turned = found < len(rows)
     _drop(pairs, rows[turned], (pairs, rows[found[turned]]), dropped.contradictions)

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from rlhf_tasks.data.formats import Preference, Prompt, Rated
+from rlhf_tasks.data.texts import normal
 from rlhf_tasks.seeds import derive_seed
 
 Scored = tuple[str, float]
@@ -27,12 +28,12 @@ ROUNDS = 64
 def merge_ratings(rows: Iterable[Rated]) -> Iterator[tuple[Prompt | None, str, float]]:
     """`(prompt, text, mean rating)` of every different prompt and text, in order of first appearance.
 
-    One text in several rows, as where each rater has a row, has all of their ratings.
+    One text in several rows, as where each rater has a row, has all of their ratings, and is written as in the first.
     """
-    ratings: dict[tuple[Prompt | None, str], list[float]] = {}
+    ratings: dict[tuple[Prompt | None, str], tuple[str, list[float]]] = {}
     for prompt, text, values in rows:
-        ratings.setdefault((prompt, text), []).extend(values)
-    for (prompt, text), all_values in ratings.items():
+        ratings.setdefault((prompt, normal(text)), (text, []))[1].extend(values)
+    for (prompt, _), (text, all_values) in ratings.items():
         yield prompt, text, sum(all_values) / len(all_values)
 
 

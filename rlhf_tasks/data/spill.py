@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from rlhf_tasks.data.texts import normal
+
 SPILL_ROWS = 1024
 DIGEST_BYTES = 16
 
@@ -128,13 +130,15 @@ class Spill(Generic[Row]):
 
 def _identities(row: Text | Pair | Ask) -> list[bytes]:
     """What stands for a row where margins and places are not compared; of a pair also for the pair turned round."""
+    prompt = normal(row.prompt)
     if isinstance(row, Pair):
-        return [_digest(row.prompt, row.chosen, row.rejected), _digest(row.prompt, row.rejected, row.chosen)]
-    return [_digest(row.prompt, row.response) if isinstance(row, Text) else _digest(row.prompt)]
+        chosen, rejected = normal(row.chosen), normal(row.rejected)
+        return [_digest(prompt, chosen, rejected), _digest(prompt, rejected, chosen)]
+    return [_digest(prompt, normal(row.response)) if isinstance(row, Text) else _digest(prompt)]
 
 
 def _digest(*texts: str) -> bytes:
-    """16 bytes that stand for some texts to the character, and for where one ends and the next begins."""
+    """16 bytes that stand for some texts, and for where one ends and the next begins."""
     digest = blake2b(digest_size=DIGEST_BYTES)
     for text in texts:
         content = text.encode()

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from rlhf_tasks.data.contracts import Dropped, drop_leaks, is_heldout, whole_tex
 from rlhf_tasks.data.feedback import Feedback
 from rlhf_tasks.data.formats import Asked, Conversation, Example, Instruction, Message, Preference, Rated
 from rlhf_tasks.data.spill import Spill, Text, first_like
+from rlhf_tasks.data.texts import normal
 
 RATINGS = Ratings(min_gap=0.5)
 short = st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map(" ".join)
@@ -130,7 +132,28 @@ def test_duplicates_are_dropped_and_counted():
     assert feedback.dropped == {"sft": counts(2), "pairs": counts(1), "prompts": counts(1)}
     assert [len(table) for table in (feedback.sft, feedback.pairs, feedback.prompts)] == [2, 1, 1]
     assert feedback.pairs[0].margin == 0.0, "the first one is kept"
-    assert gather([Example("1+1", "2"), Example("1+", "12")]).dropped["sft"]["duplicates"] == 0, "not to the character"
+    assert gather([Example("1+1", "2"), Example("1+", "12")]).dropped["sft"]["duplicates"] == 0, "not field by field"
+
+
+@pytest.mark.parametrize(("one", "other"), [("so  it\n is", " so it is "), ("caf\u00e9", "cafe\u0301")])
+def test_white_space_and_the_way_an_accent_is_written_tell_nothing_apart(one, other):
+    pair = Preference(one, one, "b", 0.0)
+    rows = [Example(one, one), Example(other, other), pair, pair._replace(chosen=other), Asked(one), Asked(other)]
+    feedback = gather(rows)
+    assert feedback.dropped == {"sft": counts(1), "pairs": counts(1), "prompts": counts(1)}
+    turned = gather([pair, Preference(other, "b", other, 0.0), Preference("q", "x", "y", 0.0)])
+    assert turned.dropped["pairs"] == counts(contradictions=2)
+    rated = gather([Rated("p", one, (1.0,)), Rated("p", other, (3.0,)), Rated("p", "b", (0.0,))])
+    assert [(row.chosen, row.margin) for row in rated.pairs] == [(one, 2.0)], "ratings of one text are pooled"
+    assert is_heldout(one, 0.5) == is_heldout(other, 0.5)
+    assert whole_text(None, one) == whole_text(None, other)
+
+
+def test_a_pair_that_differs_in_white_space_alone_does_not_contradict_itself():
+    pair = Preference("q", "if x:\n    y()", "if x:\ny()", 0.0)
+    feedback = gather([pair, pair._replace(prompt="r")])
+    assert [row.prompt for row in feedback.pairs] == ["q", "r"]
+    assert feedback.dropped["pairs"] == counts()
 
 
 def test_pairs_that_contradict_each_other_are_both_dropped():
@@ -217,11 +240,15 @@ def test_dropping_by_digest_is_dropping_by_text(rows):
     for kind, table in every.items():
         by_text = {}
         for row, side in table:
-            texts = tuple(v for k, v in row._asdict().items() if k not in ("margin", "where"))
+            texts = tuple(normal(v) for k, v in row._asdict().items() if k not in ("margin", "where"))
             by_text.setdefault((side, texts), (row, side))
         unique[kind] = list(by_text.values())
-    orders = {(p.prompt, p.chosen, p.rejected) for p, _ in unique["pairs"]}
-    unique["pairs"] = [x for x in unique["pairs"] if (x[0].prompt, x[0].rejected, x[0].chosen) not in orders]
+    orders = {tuple(map(normal, (p.prompt, p.chosen, p.rejected))) for p, _ in unique["pairs"]}
+    unique["pairs"] = [
+        (p, side)
+        for p, side in unique["pairs"]
+        if normal(p.chosen) == normal(p.rejected) or tuple(map(normal, (p.prompt, p.rejected, p.chosen))) not in orders
+    ]
 
     def words(row):
         answers = (row.response,) if isinstance(row, Text) else (row.chosen, row.rejected)
