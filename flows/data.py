@@ -12,6 +12,7 @@ from rich.markup import escape
 from flows.console import Bar, console
 from rlhf_tasks.config import Params
 from rlhf_tasks.data.check import Problem, Report, check
+from rlhf_tasks.data.texts import printable
 from rlhf_tasks.workspace import state_folder
 
 SHOWN = 20
@@ -46,21 +47,21 @@ def say_check(report: Report) -> None:
         share = numbers.get("balance", {}).get("share_chosen_longer")
         bias = "" if share is None else f"; the chosen answer is longer in {share:.0%}"
         _say(f"  {table}: {numbers['rows']:,} rows; tokens: {tokens or 'none'}{bias}")
-    for file, group in groupby(sorted(report.problems, key=lambda problem: problem.file), lambda p: p.file):
+    for file, group in groupby(report.problems, lambda problem: problem.file):
         _say_problems(file, list(group))
     for remark in report.remarks:
-        console.print(f"[yellow]![/yellow] {remark.rows:,} {escape(remark.message)}", soft_wrap=True)
+        _say(f"{remark.rows:,} {remark.message}", "[yellow]![/yellow] ")
         if len(remark.files) > 1:
             _say("    " + ", ".join(f"{file}: {rows:,}" for file, rows in remark.files.items()))
         _say_some(remark.places, remark.rows, SHOWN_PLACES)
     if report.problems:
         _say(f"{len(report.problems):,} problems; nothing was trained")
     else:
-        console.print("[green]✓[/green] the data can be prepared")
+        _say("the data can be prepared", "[green]✓[/green] ")
 
 
 def _say_problems(file: str, problems: list[Problem]) -> None:
-    console.print(f"[red]✗[/red] {escape(file)}: {len(problems):,} problem{'s' * (len(problems) > 1)}", soft_wrap=True)
+    _say(f"{file}: {len(problems):,} problem{'s' * (len(problems) > 1)}", "[red]✗[/red] ")
     _say_some([problem.message for problem in problems], len(problems), SHOWN)
 
 
@@ -71,5 +72,6 @@ def _say_some(lines: list[str], count: int, shown: int) -> None:
         _say(f"    and {count - shown:,} more; `--json` lists them")
 
 
-def _say(line: str) -> None:
-    console.print(escape(line), soft_wrap=True)
+def _say(line: str, mark: str = "") -> None:
+    """Print a line as it is: what a terminal would take for orders is escaped, be it in the name of a file."""
+    console.print(mark + escape(printable(line)), soft_wrap=True)

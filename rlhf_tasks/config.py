@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from rlhf_tasks.data.fields import FIELDS
 from rlhf_tasks.errors import UserError
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -40,13 +41,6 @@ class Runtime(Section):
 
     threads: Count = 2
     device: Literal["cpu", "cuda"] = "cpu"
-
-
-#: the fields that a row of any kind may have
-FIELDS = (
-    *("prompt", "completion", "instruction", "input", "output", "messages"),
-    *("chosen", "rejected", "margin", "text", "rating", "ratings"),
-)
 
 
 class Source(Section):
@@ -72,6 +66,10 @@ class Source(Section):
     @classmethod
     def _fields_are_known(cls, fields: dict[str, str]) -> dict[str, str]:
         for name in fields:
+            if name not in FIELDS and fields[name] in FIELDS:
+                raise ValueError(
+                    f"`{name}: {fields[name]}` is the wrong way round; write `{fields[name]}: {name}`, our name first"
+                )
             if name not in FIELDS:
                 near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
                 hint = f"did you mean `{near[0]}`? " if near else ""

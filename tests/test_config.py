@@ -95,6 +95,10 @@ def test_a_wrong_value_is_named_with_what_was_found_and_what_is_allowed(
             "{kind: sft, path: a, fields: {instuction: q}}",
             "did you mean `instruction`? Expected one of prompt, completion",
         ),
+        (
+            "{kind: sft, path: a, fields: {question: prompt}}",
+            "`question: prompt` is the wrong way round; write `prompt: question`, our name first",
+        ),
         ("{kind: sft, path: a, rows: 0}", "`data.sources.0.rows`: found 0"),
         ("{kind: ratings, file: a}", "unknown key `data.sources.0.file`"),
         ("{kind: ratings, location: a}", "unknown key `data.sources.0.location`; Allowed here: kind, path"),

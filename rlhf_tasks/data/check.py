@@ -7,8 +7,9 @@ A *problem* is what `prepare` refuses; a *remark* is what it puts up with: rows 
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_tasks.base import check_lengths, known_positions
-from rlhf_tasks.data.contracts import REASONS, fingerprint, is_heldout, prompt_text
+from rlhf_tasks.data.contracts import REASONS, fingerprint, is_heldout, prompt_text, same_words
 from rlhf_tasks.data.encoder import Encoder
+from rlhf_tasks.data.encoding import Template
 from rlhf_tasks.data.feedback import SIDES, Feedback
-from rlhf_tasks.data.formats import Rated, Record
-from rlhf_tasks.data.near import NearTexts
+from rlhf_tasks.data.fields import NOTES
+from rlhf_tasks.data.formats import Conversation, Example, Preference, Rated, Record
+from rlhf_tasks.data.near import NearCopy, NearTexts
 from rlhf_tasks.data.prepare import (
     TABLES,
     TAUGHT,
@@ -35,6 +38,7 @@ from rlhf_tasks.data.prepare import (
     table_numbers,
 )
 from rlhf_tasks.data.sources import Meter
+from rlhf_tasks.data.spill import first_like
 from rlhf_tasks.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,6 +70,11 @@ class Problem:
     def file(self) -> str:
         head, _, tail = self.where.rpartition(":")
         return head if tail.removeprefix("row ").isdigit() else self.where
+
+    def order(self) -> tuple[int, str, bool]:
+        """Where it is told of: causes first, so a file before its rows, and what follows from all that last."""
+        rank = {"params.yaml": 0, "data.sources": 2}.get(self.where, 1)
+        return rank, self.file, self.where != self.file
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,14 @@ class Report:
             text = str(one)
             self.problems.append(Problem(where, text if where in text else f"{where}: {text}"))
 
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Take what is wrong with params.yaml as a problem, and go on after it."""
+        try:
+            yield
+        except UserError as error:
+            self.problems.append(Problem("params.yaml", str(error)))
+
     def document(self) -> dict[str, Any]:
         """The report as JSON."""
         return {"ok": not self.problems} | asdict(self)
@@ -124,62 +141,84 @@ class _Cuts:
 
 def check(*, seed: int, data: config.Data, model: config.Model, scratch: Path, progress: Progress) -> Report:
     """Look at all sources as `prepare` would; `scratch` is a folder for what does not fit into memory."""
-    report = Report()
+    report, noted = Report(), defaultdict[str, list[str]](list)
     with tempfile.TemporaryDirectory(prefix="check-", dir=scratch) as folder:
-        try:
+        with report.going_on():
             check_kinds(data)
-        except UserError as error:
-            report.problems.append(Problem("params.yaml", str(error)))
-        try:
+        tokenizer, longest, loads = None, None, False
+        template: Template = "none"  # by which the rows can be looked at where the model does not load
+        with report.going_on():
             tokenizer, template = open_tokenizer(data, model)
-        except UserError as error:
-            report.problems.append(Problem("params.yaml", str(error)))
-            return report
-        try:
-            check_lengths(model.base, known_positions(model), data)
-        except UserError as error:
-            report.problems.append(Problem("params.yaml", str(error)))
+            longest, loads = known_positions(model), True
+            check_lengths(model.base, longest, data)
         feedback, near = Feedback(template, tokenizer, data.heldout, Path(folder)), _Near(Path(folder), data.heldout)
         steps = Steps(progress, Meter.of(data.sources))
-        report.rows = read_all(data, feedback, steps, report.add, near.take)
+
+        def note(where: str, name: str) -> None:
+            noted[name].append(where)
+
+        report.rows = read_all(data, feedback, steps, report.add, near.take, note)
         feedback.finish(seed, data.ratings)
-        steps.settle(feedback, learnt=TAUGHT if tokenizer is None else ())
-        report.remarks += [*_dropped(feedback), *near.remarks()]
-        if not feedback.wanted("sft", "train").any():
-            report.problems += _empty(feedback, data)
-            return report
-        tokenizer = tokenizer or learn_tokenizer(feedback, data, model, template, steps)
-        cuts, longest = _Cuts(), known_positions(model)
-        encoder = Encoder(tokenizer, template == "chat", data.max_prompt_tokens, data.max_response_tokens, cuts)
-        encoder.on_fault = report.add
-        report.tables = _tables(feedback, encoder, steps)
-    report.problems += _empty(feedback, data)
-    report.remarks += [*_truncated(cuts, data, longest), *_balance(report.tables)]
+        report.remarks += [Remark.at(name, NOTES[name], where) for name, where in noted.items()]
+        report.remarks += [*_dropped(feedback), *_alike(feedback), *near.remarks()]
+        if loads and feedback.wanted("sft", "train").any():
+            steps.settle(feedback, learnt=TAUGHT if tokenizer is None else ())
+            tokenizer = tokenizer or learn_tokenizer(feedback, data, model, template, steps)
+            cuts = _Cuts()
+            encoder = Encoder(tokenizer, template == "chat", data.max_prompt_tokens, data.max_response_tokens, cuts)
+            encoder.on_fault = report.add
+            report.tables = _tables(feedback, encoder, steps)
+            report.remarks += [*_truncated(cuts, data, longest), *_balance(report.tables)]
+        else:
+            left = {(kind, side): feedback.wanted(kind, side).sum() for kind, side in TABLES}
+            report.tables = {f"{kind}_{side}": {"rows": int(rows)} for (kind, side), rows in left.items()}
+        report.problems += _empty(feedback, data)
+    report.problems.sort(key=Problem.order)
     return report
 
 
 class _Near:
-    """The texts by which rows are split, each once, on their way to the search for near copies."""
+    """The texts that rows are split by, and those that are trained on, on their way to the search for near copies.
+
+    The first is the prompt, or the whole of a text that is rated without one; the others are the prompt with an answer.
+    """
 
     def __init__(self, folder: Path, heldout: float) -> None:
         self._texts, self._heldout = NearTexts(folder / "texts"), heldout
-        self._seen: set[bytes] = set()
+        self._digests = bytearray()
 
     def take(self, where: str, record: Record) -> None:
-        whole = isinstance(record, Rated) and record.prompt is None
-        text = record.text if isinstance(record, Rated) and whole else prompt_text(record.prompt or "")
-        known = fingerprint(text)
-        if known not in self._seen:
-            self._seen.add(known)
-            self._texts.add(where, text, is_heldout(text, self._heldout))
+        if isinstance(record, Rated) and record.prompt is None:
+            texts = [record.text]
+        else:
+            prompt = prompt_text(record.prompt or "")
+            joint = "\n" if isinstance(record.prompt, Conversation) else ""  # as in `whole_text`
+            texts = [prompt, *(f"{prompt}{joint}{answer}" for answer in _answers(record))]
+        side = is_heldout(texts[0], self._heldout)
+        for text in texts:
+            self._digests += fingerprint(text)
+            self._texts.add(where, text, side)
 
     def remarks(self) -> Iterator[Remark]:
-        copies = self._texts.copies()
+        """Of the rows, each once, that have a near copy; exact copies are no such, and `prepare` leaves them out."""
+        first = first_like(np.frombuffer(self._digests, np.uint64).reshape(-1, 2))
+        best: dict[str, NearCopy] = {}
+        for copy in self._texts.copies(first == np.arange(len(first))):
+            if copy.similarity > (best[copy.heldout].similarity if copy.heldout in best else 0):
+                best[copy.heldout] = copy
         self._texts.close()
-        if copies:
-            message = "held-out texts have a near copy in training, which `prepare` keeps; take one of each two away"
-            places = (f"{copy.heldout} is near {copy.train} ({copy.similarity:.0%})" for copy in copies)
-            yield Remark.at("near leaks", message, [copy.heldout for copy in copies], places)
+        if best:
+            message = "held-out rows have a near copy in training, which `prepare` keeps; take one of each two away"
+            places = (f"{copy.heldout} is near {copy.train} ({copy.similarity:.0%})" for copy in best.values())
+            yield Remark.at("near leaks", message, list(best), places)
+
+
+def _answers(record: Record) -> list[str]:
+    if isinstance(record, Preference):
+        return [record.chosen, record.rejected]
+    if isinstance(record, Rated):
+        return [record.text]
+    return [record.response] if isinstance(record, Example) else []
 
 
 def _dropped(feedback: Feedback) -> Iterator[Remark]:
@@ -203,10 +242,18 @@ def _dropped(feedback: Feedback) -> Iterator[Remark]:
         yield Remark("too short", message, feedback.too_short)
 
 
+def _alike(feedback: Feedback) -> Iterator[Remark]:
+    """Pairs that nothing but white space tells apart; code may be such."""
+    rows = np.flatnonzero(feedback.pairs.kept & same_words(feedback.pairs))
+    if len(rows):
+        message = "pairs have answers that differ in white space alone; `prepare` keeps them"
+        yield Remark.at("white space", message, feedback.pairs.places(rows))
+
+
 def _empty(feedback: Feedback, data: config.Data) -> Iterator[Problem]:
     for kind, side in TABLES:
         try:
-            check_rows(kind, side, int(feedback.wanted(kind, side).sum()), data)
+            check_rows(kind, side, int(feedback.wanted(kind, side).sum()), data, feedback)
         except UserError as error:
             yield Problem("data.sources", str(error))
 

@@ -7,6 +7,7 @@ everything else by its prompt, so that one prompt is on one side in every source
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ class Feedback:
         too_short: rated texts that leave no response after their opening.
         sft_from_pairs: whether no source had SFT rows, so that they are the chosen answers.
         prompts_given: whether there were sources of prompts, so that only those count.
+        too_close: the sides, True is held-out, on which `min_gap` alone keeps rated texts from making any pair.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Feedback:
         self.dropped = {kind: Dropped() for kind in KINDS}
         self.too_short = 0
         self.sft_from_pairs = self.prompts_given = False
+        self.too_close: set[bool] = set()
         self._rated: list[tuple[str, Rated]] = []
 
     @property
@@ -85,9 +88,13 @@ class Feedback:
         for where, record in self._rated:
             places.setdefault((record.prompt, record.text), where)
         self._rated.clear()
-        self._finish_prompted([(p, text, score) for p, text, score in merged if p is not None], seed, ratings, places)
-        self._finish_openings([(text, score) for p, text, score in merged if p is None], seed, ratings, places)
+        prompted = [(p, text, score) for p, text, score in merged if p is not None]
+        whole = [(text, score) for p, text, score in merged if p is None]
+        self._finish_prompted(prompted, seed, ratings, places)
+        self._finish_openings(whole, seed, ratings, places)
         self.pairs.seal()
+        if missing := {side for side in (True, False) if not (self.pairs.heldout == side).any()}:
+            self.too_close = missing & set(self._sides_with_pairs(prompted, whole, seed))
         if len(self.sft) == 0:
             self.sft_from_pairs = True
             self._learn_chosen()
@@ -139,6 +146,16 @@ class Feedback:
             for pair in pairs_by_opening(texts, seed, ratings.min_gap, ratings.pairs_per_text):
                 where = places[None, f"{pair.prompt}{pair.chosen}"]
                 self._add_pair(Ask(self._render(pair.prompt), where), pair, side)
+
+    def _sides_with_pairs(
+        self, prompted: list[tuple[Prompt, str, float]], whole: list[tuple[str, float]], seed: int
+    ) -> Iterator[bool]:
+        """The sides of the pairs that there would be if any gap were enough."""
+        for pair in pairs_by_prompt(prompted, seed, 0.0, 1):
+            yield is_heldout(prompt_text(pair.prompt), self.heldout)
+        for side in (True, False):
+            texts = [(text, score) for text, score in whole if is_heldout(text, self.heldout) == side]
+            yield from (side for _ in pairs_by_opening(texts, seed, 0.0, 1))
 
     def _learn_chosen(self) -> None:
         row = 0

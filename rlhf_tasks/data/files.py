@@ -6,6 +6,7 @@ import glob
 import os
 from pathlib import Path, PurePosixPath
 
+from rlhf_tasks.data.texts import printable
 from rlhf_tasks.errors import UserError
 
 KINDS = (".json", ".jsonl", ".csv", ".parquet")
@@ -23,7 +24,7 @@ def source_files(path: str, root: Path = Path()) -> list[str]:
     it matches; hidden ones are left out. Any other path stands for itself, whether it is there or not.
 
     Raises:
-        UserError: a folder or a pattern names no file, or something that is none.
+        UserError: a folder or a pattern names no file, or something that is none or has a name that is no text.
     """
     if (root / path).is_dir():
         found, what = _below(path, root), "in this folder"
@@ -33,6 +34,8 @@ def source_files(path: str, root: Path = Path()) -> list[str]:
         return [path]
     named = sorted(name for name in found if kind_of(Path(name)) in KINDS and not (root / name).is_dir())
     for name in named:
+        if not _is_unicode(name):
+            raise UserError(f"{printable(name)}: the name of this file is not UTF-8; rename it")
         if not (root / name).is_file():
             raise UserError(f"{name}: found neither a file nor a folder; take it away, or correct `data.sources`")
     if not named:
@@ -56,6 +59,14 @@ def watched_path(path: str, root: Path = Path()) -> str:
 def _is_pattern(path: str, root: Path) -> bool:
     """Whether a path has wildcards and is not, brackets and all, the name of what is there."""
     return glob.has_magic(path) and not (root / path).exists()
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _below(folder: str, root: Path) -> list[str]:

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from rlhf_tasks.data.fields import Fields, Reading
+from rlhf_tasks.data.repeats import take_prompt_off
+from rlhf_tasks.data.texts import normal, show
 from rlhf_tasks.errors import UserError
 
-Kind = Literal["ratings", "sft", "preference", "prompts"]
-SHAPES: dict[str, str] = {
-    "sft": "`instruction`, `input` and `output`; or `prompt` and `completion`; or `messages`",
-    "preference": "`prompt`, `chosen` and `rejected`; or `chosen` and `rejected` as whole transcripts or messages",
-    "ratings": "`text` and `ratings` or `rating`, with or without `prompt`",
-    "prompts": "`prompt`; or the fields of an sft or preference row",
-}
 ROLES = ("system", "user", "assistant")
 ANSWER = "\n\nAssistant:"
 TURN = re.compile(r"\n\n(Human|Assistant):")
+
+#: fields that may hold a list of messages; CSV brings it as its JSON text
+TALK = ("prompt", "completion", "messages", "chosen", "rejected", "text")
+LISTED = re.compile(r"\s*\[\s*\{")
+PRINTED = re.compile(r"\s*\[\s*\{'(role|content)'")
 
 
 class Message(NamedTuple):
@@ -84,98 +84,53 @@ class Asked(NamedTuple):
 Record = Example | Preference | Rated | Asked
 
 
-def parse_row(where: str, row: Mapping[str, Any], kind: Kind, scale: tuple[float, float]) -> Record:
-    """One row as a record of its source's kind.
-
-    Args:
-        where: file and line, for messages.
-        scale: the lowest and the highest rating that can be (`data.ratings.scale`).
+def parse_row(where: str, row: Mapping[str, Any], reading: Reading) -> Record:
+    """One row as a record of its source's kind; `where` is its file and line, for messages.
 
     Raises:
-        UserError: a field is missing, empty, of the wrong type or out of range, or chosen and rejected are the same.
+        UserError: a field is missing, empty, of the wrong type or out of range, two fields say different things of one,
+            or chosen and rejected are the same.
     """
-    fields = _Fields(where, {name: value for name, value in row.items() if value is not None}, kind)
-    if kind == "sft":
-        return _example(fields)
-    if kind == "preference":
-        return _preference(fields)
-    if kind == "ratings":
-        return _rated(fields, scale)
-    return Asked(_asked(fields))
+    fields = _Talk(where, row, reading)
+    take_prompt_off(fields)
+    record = SHAPE_OF[reading.kind](fields)
+    for note in fields.notes:
+        reading.on_note(where, note)
+    return record
 
 
-class RowError(UserError):
-    """The first thing that is wrong with a row, and what else is: `more`."""
-
-    def __init__(self, first: UserError, more: list[UserError]) -> None:
-        super().__init__(str(first))
-        self.more = more
+# Conversations --------------------------------------------------------------------------------------------------------
 
 
-class _Fields:
-    """A row's fields, with the one way to complain about them."""
-
-    def __init__(self, where: str, row: dict[str, Any], kind: str) -> None:
-        self.where, self.row, self.kind = where, row, kind
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.row
-
-    def wrong(self, name: str, found: str, expected: str) -> UserError:
-        return UserError(f"{self.where}: `{name}` is {found}, expected {expected}")
-
-    def each(self, *readings: Callable[[], Any]) -> list[Any]:
-        """What some readings give, all of which are tried: what is wrong with one says nothing of the next."""
-        values, errors = [], []
-        for reading in readings:
-            try:
-                values.append(reading())
-            except UserError as error:
-                errors += [error, *getattr(error, "more", [])]
-        if errors:
-            raise errors[0] if len(errors) == 1 else RowError(errors[0], errors[1:])
-        return values
+class _Talk(Fields):
+    """A row's fields, those that hold conversations among them."""
 
     def get(self, name: str) -> Any:
-        if name not in self.row:
-            found = ", ".join(f"`{field}`" for field in self.row) or "no fields"
-            raise UserError(
-                f"{self.where}: no `{name}`; found {found}; a row of kind {self.kind} has {SHAPES[self.kind]}"
-            )
-        return self.row[name]
+        value = super().get(name)
+        return self._unpacked(name, value) if isinstance(value, str) and name in TALK and LISTED.match(value) else value
 
-    def text(self, name: str, value: Any, *, may_be_empty: bool = False) -> str:
-        if not isinstance(value, str):
-            raise self.wrong(name, _show(value), "a text")
-        if not value.strip() and not may_be_empty:
-            raise self.wrong(name, "empty", "a text with at least one word")
+    def _unpacked(self, name: str, text: str) -> Any:
+        """The messages that a text is the JSON of, or the text."""
         try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise self.wrong(name, f"no valid Unicode at character {error.start + 1}", "whole characters") from None
-        return value
-
-    def number(self, name: str, value: Any) -> float:
-        """A finite number; CSV brings it as text."""
-        try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise self.wrong(name, _show(value), "a finite number")
-        return number
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            if PRINTED.match(text):
+                raise self.wrong(name, "a list as Python prints it", "the list itself, or its JSON") from None
+            return text
+        talk = all(isinstance(item, dict) and "role" in item and "content" in item for item in found)
+        return found if talk or name == "messages" else text
 
     def messages(self, name: str, value: Any) -> tuple[Message, ...]:
         if not isinstance(value, list) or not value:
-            raise self.wrong(name, _show(value), "a list of messages, each with `role` and `content`")
+            raise self.wrong(name, show(value), "a list of messages, each with `role` and `content`")
         readings = (partial(self.message, f"{name}[{number}]", item) for number, item in enumerate(value, 1))
         return tuple(self.each(*readings))
 
     def message(self, place: str, item: Any) -> Message:
         if not isinstance(item, dict) or "role" not in item or "content" not in item:
-            raise self.wrong(place, _show(item), "a message with `role` and `content`")
+            raise self.wrong(place, show(item), "a message with `role` and `content`")
         if item["role"] not in ROLES:
-            raise self.wrong(f"{place}.role", _show(item["role"]), "system, user or assistant")
+            raise self.wrong(f"{place}.role", show(item["role"]), "system, user or assistant")
         return Message(item["role"], self.text(f"{place}.content", item["content"]))
 
     def prompt(self, name: str, value: Any) -> Prompt:
@@ -199,89 +154,44 @@ class _Fields:
                 raise self.wrong(name, f"{len(messages)} messages", "one, the assistant's answer to `prompt`")
             return messages[0].content
         text = self.text(name, value)
-        return text.strip() if isinstance(prompt, Conversation) else text
+        if not isinstance(prompt, Conversation):
+            return text
+        if turn := TURN.search(text):
+            expected = "the assistant's one answer to `prompt`; take the rest away"
+            raise self.wrong(name, f"an answer that goes on with `{turn[1]}:`", expected)
+        return text.strip()
+
+    def has(self, name: str) -> bool:
+        """Whether a field is there and filled: CSV and pandas cannot leave one out."""
+        value = self.row.get(name, "")
+        return not _is_nan(value) and not (isinstance(value, str) and not value.strip())
+
+    def same_prompt(self, prompt: Conversation, beside: str) -> None:
+        """See that a `prompt` beside a whole conversation is of it, so that nothing is lost by not reading it."""
+        if self.has("prompt") and not _is_of(self.get("prompt"), prompt):
+            raise self.ambiguous("prompt", beside)
+
+    def ambiguous(self, name: str, beside: str) -> UserError:
+        expected = f"what {self.label(beside)} says too, or none beside it; take one of the two away"
+        return self.wrong(name, show(self.row[name]), expected)
 
 
-def _example(fields: _Fields) -> Example:
-    if "messages" in fields:
-        messages = fields.ends("messages", fields.messages("messages", fields.get("messages")), "assistant")
-        return Example(Conversation(fields.ends("messages", messages[:-1], "user")), messages[-1].content)
-    if "prompt" in fields or "completion" in fields:
-        prompt, completion = _prompt_and(fields, "completion")
-        return Example(prompt, completion)
-    return Example(*fields.each(lambda: _instruction(fields), lambda: fields.text("output", fields.get("output"))))
+def _is_of(value: Any, talk: Conversation) -> bool:
+    """Whether a prompt's value is a message of a conversation, or some in a row, or a rendering of them all."""
+    whole = [(message.role, normal(message.content)) for message in talk.messages]
+    if isinstance(value, str):
+        given, contents = normal(value), [content for _, content in whole]
+        if given in contents or all(content in given for content in contents):
+            return True
+        value = [message._asdict() for message in (_turns(value) or Conversation(())).messages]
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        return False
+    part = [(item.get("role"), normal(str(item.get("content")))) for item in value]
+    return bool(part) and any(whole[i : i + len(part)] == part for i in range(len(whole)))
 
 
-def _prompt_and(fields: _Fields, *answers: str) -> list[Any]:
-    """The prompt and its answers; how an answer is read depends on whether the prompt is a conversation."""
-    talk: list[Prompt] = []
-
-    def prompt() -> Prompt:
-        talk.append(fields.prompt("prompt", fields.get("prompt")))
-        return talk[0]
-
-    def answer(name: str) -> str:
-        return fields.answer(name, fields.get(name), talk[0] if talk else "")
-
-    return fields.each(prompt, *(partial(answer, name) for name in answers))
-
-
-def _instruction(fields: _Fields) -> Instruction:
-    instruction = fields.text("instruction", fields.get("instruction"))
-    given = fields.text("input", fields.row.get("input", ""), may_be_empty=True)
-    return Instruction(instruction, given if given.strip() else "")
-
-
-def _preference(fields: _Fields) -> Preference:
-    (prompt, chosen, rejected), margin = fields.each(lambda: _compared(fields), lambda: _margin(fields))
-    return Preference(prompt, chosen, rejected, margin)
-
-
-def _margin(fields: _Fields) -> float:
-    margin = fields.row.get("margin", "")
-    return 0.0 if margin == "" else fields.number("margin", margin)
-
-
-def _compared(fields: _Fields) -> tuple[Prompt, str, str]:
-    """A row's prompt, chosen and rejected."""
-    if "prompt" in fields and not all(name in fields for name in ("chosen", "rejected")):
-        _prompt_and(fields, "chosen", "rejected")
-    chosen, rejected = fields.get("chosen"), fields.get("rejected")
-    same = fields.wrong("chosen", "the same as `rejected`", "two different answers")
-    if chosen == rejected and chosen not in ("", None):
-        raise same
-    if isinstance(chosen, list) and isinstance(rejected, list) and (len(chosen) > 1 or "prompt" not in fields):
-        # A `prompt` beside whole conversations only repeats their opening.
-        prompt, chosen, rejected = _split_messages(fields, chosen, rejected)
-    elif "prompt" in fields:
-        prompt, chosen, rejected = _prompt_and(fields, "chosen", "rejected")
-    else:
-        prompt, chosen, rejected = _split_transcripts(fields, chosen, rejected)
-    if chosen == rejected:
-        raise same
-    return prompt, chosen, rejected
-
-
-def _split_messages(fields: _Fields, chosen: Any, rejected: Any) -> tuple[Prompt, str, str]:
-    best, worst = fields.each(lambda: fields.messages("chosen", chosen), lambda: fields.messages("rejected", rejected))
-    best, worst = fields.ends("chosen", best, "assistant"), fields.ends("rejected", worst, "assistant")
-    if best[:-1] != worst[:-1]:
-        raise fields.wrong("rejected", "a different conversation", "the messages of `chosen` up to the last answer")
-    return Conversation(fields.ends("chosen", best[:-1], "user")), best[-1].content, worst[-1].content
-
-
-def _split_transcripts(fields: _Fields, chosen: Any, rejected: Any) -> tuple[Prompt, str, str]:
-    """Two transcripts: the prompt is what they share, up to the last `Assistant:` of it."""
-    best, worst = fields.each(lambda: fields.text("chosen", chosen), lambda: fields.text("rejected", rejected))
-    best, worst = (text if text.startswith("\n\n") else "\n\n" + text.lstrip() for text in (best, worst))
-    differs = next((i for i, (a, b) in enumerate(zip(best, worst, strict=False)) if a != b), min(len(best), len(worst)))
-    end = best.rfind(ANSWER, 0, differs) + len(ANSWER)
-    prompt = _turns(best[:end])
-    if prompt is None:
-        expected = "both to open with the same turns, \\n\\nHuman: ... \\n\\nAssistant:, or a field `prompt`"
-        raise fields.wrong("chosen", f"{_show(chosen)} and `rejected` {_show(rejected)}", expected)
-    answers = best[end:].strip(), worst[end:].strip()
-    return prompt, fields.text("chosen", answers[0]), fields.text("rejected", answers[1])
+def _is_nan(value: Any) -> bool:
+    return (isinstance(value, float) and value != value) or (isinstance(value, str) and value.strip().lower() == "nan")
 
 
 def _turns(text: str) -> Conversation | None:
@@ -295,47 +205,172 @@ def _turns(text: str) -> Conversation | None:
     return Conversation(turns) if turns[-1].role == "user" and turns[-1].content else None
 
 
-def _rated(fields: _Fields, scale: tuple[float, float]) -> Rated:
-    prompt = fields.prompt("prompt", fields.get("prompt")) if "prompt" in fields else None
+# Shapes ---------------------------------------------------------------------------------------------------------------
+
+
+def _example(fields: _Talk) -> Example:
+    if fields.has("messages"):
+        messages = fields.ends("messages", fields.messages("messages", fields.get("messages")), "assistant")
+        asked = Conversation(fields.ends("messages", messages[:-1], "user"))
+        fields.same_prompt(asked, "messages")
+        _no_other_shape(fields, "messages", "messages", asked, messages[-1].content)
+        return Example(asked, messages[-1].content)
+    if "completion" in fields or ("prompt" in fields and "instruction" not in fields):
+        prompt, completion = _prompt_and(fields, "completion")
+        _no_other_shape(fields, "prompt", "completion", prompt, completion)
+        return Example(prompt, completion)
+    return Example(*fields.each(lambda: _instruction(fields), lambda: fields.text("output", fields.get("output"))))
+
+
+def _no_other_shape(fields: _Talk, asked: str, answer: str, prompt: Prompt, response: str) -> None:
+    """See that fields of another shape than those two that were read say the same: which is meant, nobody knows."""
+    talk = prompt.messages if isinstance(prompt, Conversation) else (Message("user", str(prompt)),)
+    if fields.has("instruction"):
+        instruction = normal(str(fields.row["instruction"]))
+        if not any(instruction in normal(message.content) for message in talk):
+            raise fields.ambiguous("instruction", asked)
+    for name in ("completion", "output"):
+        if name != answer and fields.has(name) and normal(str(fields.row[name])) != normal(response):
+            raise fields.ambiguous(name, answer)
+
+
+def _prompt_and(fields: _Talk, *answers: str) -> list[Any]:
+    """The prompt and its answers; how an answer is read depends on whether the prompt is a conversation."""
+    talk: list[Prompt] = []
+
+    def prompt() -> Prompt:
+        talk.append(fields.prompt("prompt", fields.get("prompt")))
+        return talk[0]
+
+    def answer(name: str) -> str:
+        return fields.answer(name, fields.get(name), talk[0] if talk else "")
+
+    return fields.each(prompt, *(partial(answer, name) for name in answers))
+
+
+def _instruction(fields: _Talk) -> Instruction:
+    instruction = fields.text("instruction", fields.get("instruction"))
+    given = fields.text("input", fields.row["input"], may_be_empty=True) if fields.has("input") else ""
+    if fields.has("prompt") and normal(instruction) not in normal(str(fields.row["prompt"])):  # else it is rendered
+        raise fields.ambiguous("prompt", "instruction")
+    return Instruction(instruction, given)
+
+
+def _preference(fields: _Talk) -> Preference:
+    (prompt, chosen, rejected), margin = fields.each(lambda: _compared(fields), lambda: _margin(fields))
+    return Preference(prompt, chosen, rejected, margin)
+
+
+def _margin(fields: _Talk) -> float:
+    margin = fields.row.get("margin", "")
+    if _is_nan(margin):  # as pandas writes one that is not there
+        fields.notes.append("no margin")
+        return 0.0
+    return 0.0 if margin == "" else fields.number("margin", margin)
+
+
+def _compared(fields: _Talk) -> tuple[Prompt, str, str]:
+    """A row's prompt, chosen and rejected."""
+    if "prompt" in fields and not all(name in fields for name in ("chosen", "rejected")):
+        _prompt_and(fields, "chosen", "rejected")
+    chosen, rejected = fields.get("chosen"), fields.get("rejected")
+    same = fields.wrong("chosen", f"the same as {fields.label('rejected')}", "two different answers")
+    if chosen == rejected and chosen not in ("", None):
+        raise same
+    if isinstance(chosen, list) and isinstance(rejected, list) and (len(chosen) > 1 or "prompt" not in fields):
+        asked, chosen, rejected = _split_messages(fields, chosen, rejected)
+        fields.same_prompt(asked, "chosen")
+        prompt: Prompt = asked
+    elif "prompt" in fields and not (_is_transcript(chosen) and _is_transcript(rejected)):
+        prompt, chosen, rejected = _prompt_and(fields, "chosen", "rejected")
+    else:
+        asked, chosen, rejected = _split_transcripts(fields, chosen, rejected)
+        fields.same_prompt(asked, "chosen")
+        prompt = asked
+    if chosen == rejected:
+        raise same
+    return prompt, chosen, rejected
+
+
+def _split_messages(fields: _Talk, chosen: Any, rejected: Any) -> tuple[Conversation, str, str]:
+    best, worst = fields.each(lambda: fields.messages("chosen", chosen), lambda: fields.messages("rejected", rejected))
+    best, worst = fields.ends("chosen", best, "assistant"), fields.ends("rejected", worst, "assistant")
+    if best[:-1] != worst[:-1]:
+        expected = f"the messages of {fields.label('chosen')} up to the last answer"
+        raise fields.wrong("rejected", "a different conversation", expected)
+    return Conversation(fields.ends("chosen", best[:-1], "user")), best[-1].content, worst[-1].content
+
+
+def _is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("Human:") and ANSWER in value
+
+
+def _split_transcripts(fields: _Talk, chosen: Any, rejected: Any) -> tuple[Conversation, str, str]:
+    """Two transcripts: the prompt is what they share, up to the last `Assistant:` of it."""
+    best, worst = fields.each(lambda: fields.text("chosen", chosen), lambda: fields.text("rejected", rejected))
+    best, worst = (text if text.startswith("\n\n") else "\n\n" + text.lstrip() for text in (best, worst))
+    differs = next((i for i, (a, b) in enumerate(zip(best, worst, strict=False)) if a != b), min(len(best), len(worst)))
+    end = best.rfind(ANSWER, 0, differs) + len(ANSWER)
+    prompt = _turns(best[:end])
+    if prompt is None:
+        expected = "both to open with the same turns, \\n\\nHuman: ... \\n\\nAssistant:, or a field `prompt`"
+        raise fields.wrong("chosen", f"{show(chosen)} and {fields.label('rejected')} {show(rejected)}", expected)
+    answers = {"chosen": best[end:], "rejected": worst[end:]}
+    best, worst = fields.each(*(partial(_last, fields, name, rest) for name, rest in answers.items()))
+    return prompt, best, worst
+
+
+def _last(fields: _Talk, name: str, rest: str) -> str:
+    """The answer that a transcript ends with, after all that it shares with the other one."""
+    if turns := TURN.findall(rest):
+        found = "a transcript that ends with the human's turn"
+        if turns[-1] == "Assistant":
+            other = fields.label("rejected" if name == "chosen" else "chosen")
+            found = f"a transcript that parts from {other} before its last answer"
+        raise fields.wrong(name, found, "both to be the same up to the assistant's last answer; leave this row out")
+    return fields.text(name, rest.strip())
+
+
+def _rated(fields: _Talk) -> Rated:
+    prompt = fields.prompt("prompt", fields.get("prompt")) if fields.has("prompt") else None
     text = fields.answer("text", fields.get("text"), prompt)
     if "ratings" not in fields:
-        return Rated(prompt, text, (_rating(fields, "rating", fields.get("rating"), scale),))
+        return Rated(prompt, text, (_rating(fields, "rating", fields.get("rating")),))
     values = fields.get("ratings")
     if isinstance(values, str):  # CSV brings a list as its JSON text
         with contextlib.suppress(json.JSONDecodeError):
             values = json.loads(values)
     if not isinstance(values, list) or not values:
-        raise fields.wrong("ratings", _show(values), "a list of at least one number; for a single one use `rating`")
-    readings = (partial(_rating, fields, f"ratings[{n}]", value, scale) for n, value in enumerate(values, 1))
+        raise fields.wrong("ratings", show(values), "a list of at least one number; for a single one use `rating`")
+    readings = (partial(_rating, fields, f"ratings[{n}]", value) for n, value in enumerate(values, 1))
     return Rated(prompt, text, tuple(fields.each(*readings)))
 
 
-def _rating(fields: _Fields, name: str, value: Any, scale: tuple[float, float]) -> float:
-    number = fields.number(name, value)
-    if not scale[0] <= number <= scale[1]:
-        raise fields.wrong(name, _show(value), f"{scale[0]:g} to {scale[1]:g} (`data.ratings.scale`)")
+def _rating(fields: _Talk, name: str, value: Any) -> float:
+    number, (low, high) = fields.number(name, value), fields.reading.scale
+    if not low <= number <= high:
+        raise fields.wrong(name, show(value), f"{low:g} to {high:g} (`data.ratings.scale`)")
     return number
 
 
-def _asked(fields: _Fields) -> Prompt:
-    if "prompt" in fields:
-        return fields.prompt("prompt", fields.get("prompt"))
-    if "messages" in fields:
+def _asked(fields: _Talk) -> Prompt:
+    talk = None
+    if fields.has("messages"):
         messages = fields.messages("messages", fields.get("messages"))
         asked = messages[:-1] if messages[-1].role == "assistant" else messages
-        return Conversation(fields.ends("messages", asked, "user"))
-    if "instruction" in fields:
+        talk = Conversation(fields.ends("messages", asked, "user"))
+        fields.same_prompt(talk, "messages")
+    if "instruction" in fields and "completion" not in fields:
         return _instruction(fields)
-    if "chosen" in fields:
-        return _preference(fields).prompt
+    if "prompt" not in fields and (talk or "chosen" in fields):
+        return talk or _preference(fields).prompt
     return fields.prompt("prompt", fields.get("prompt"))
 
 
-def _show(value: Any) -> str:
-    """A value as a message quotes it: its JSON, at most 60 characters."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
-        text = repr(value)
-    text = text.encode(errors="replace").decode()
-    return text if len(text) <= 60 else text[:57] + "..."
+#: what reads the rows of each kind
+SHAPE_OF: dict[str, Callable[[_Talk], Record]] = {
+    "sft": _example,
+    "preference": _preference,
+    "ratings": _rated,
+    "prompts": lambda fields: Asked(_asked(fields)),
+}

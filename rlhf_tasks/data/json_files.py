@@ -9,30 +9,57 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from rlhf_tasks.data.texts import listed
 from rlhf_tasks.errors import UserError
 
 CHUNK = 1 << 20
 SPACE = re.compile(r"[ \t\n\r]*")
 NUMBER_PART = re.compile(r"[-+.eE\d]*")
-DECODER = json.JSONDecoder()
 
 Items = Iterator[tuple[str, dict[str, Any] | UserError]]
 
 
+class _Decoder:
+    """Reads JSON values; `doubled` is the name that stands twice in an object of the last one, of which JSON readers
+    would take either, or nothing."""
+
+    def __init__(self) -> None:
+        self.doubled = ""
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+
+    def decode(self, text: str) -> Any:
+        """The value that a text is."""
+        self.doubled = ""
+        return self._decoder.decode(text)
+
+    def raw_decode(self, text: str, at: int) -> tuple[Any, int]:
+        """The value that begins at a place in a text, and where it ends."""
+        self.doubled = ""
+        return self._decoder.raw_decode(text, at)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.doubled = next(name for name in names if names.count(name) > 1)
+        return found
+
+
 def read_jsonl(path: Path, file: IO[bytes]) -> Items:
     """An object a line."""
+    decoder = _Decoder()
     for number, line in enumerate(file, 1):  # only \n ends a line: texts may hold U+2028 and the like
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            row = decoder.decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError:
             yield where, not_utf8(path, number)
         except (ValueError, RecursionError) as error:  # a ValueError: a number of more digits than Python reads
             yield where, _broken(path, number, error)
         else:
-            yield where, _object(where, row)
+            yield where, _object(where, row, decoder)
 
 
 def read_json(path: Path, file: IO[bytes]) -> Items:
@@ -44,7 +71,7 @@ def read_json(path: Path, file: IO[bytes]) -> Items:
     if first == "[":
         yield from _elements(path, text)
     elif first == "{":
-        found = "" if (yield from _data(path, text)) else "an object"
+        found = yield from _data(path, text)
     else:
         found = _kind(text.value())
     if text.peek():
@@ -60,6 +87,7 @@ class _Window:
         self._path, self._file = path, file
         self._decode = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._at, self._line, self._ended = "", 0, 1, False
+        self.decoder = _Decoder()
 
     def peek(self) -> str:
         """The next character that is no white space; empty at the end."""
@@ -80,7 +108,7 @@ class _Window:
         size = CHUNK
         while True:
             try:
-                value, end = DECODER.raw_decode(self._text, self._at)
+                value, end = self.decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 if self._ended:
                     raise self.broken(error.msg, error.pos) from None
@@ -124,41 +152,49 @@ def _elements(path: Path, text: _Window) -> Items:
     while True:
         number += 1
         where = f"{path}:row {number}"
-        yield where, _object(where, text.value())
+        yield where, _object(where, text.value(), text.decoder)
         if text.peek() not in ("]", ","):
             raise text.broken("Expecting ',' delimiter")
         if text.take() == "]":
             return
 
 
-def _data(path: Path, text: _Window) -> Generator[tuple[str, dict[str, Any] | UserError], None, bool]:
-    """The rows of the object that comes next; returns whether it has a list of them."""
-    found, mark = False, ""
+def _data(path: Path, text: _Window) -> Generator[tuple[str, dict[str, Any] | UserError], None, str]:
+    """The rows of the object that comes next; returns what was found in the place of one list of them, or nothing."""
+    names, lists, mark = list[str](), list[str](), ""
     text.take()
     if text.peek() == "}":
         mark = text.take()
     while mark != "}":
         if text.peek() != '"':
             raise text.broken("Expecting property name enclosed in double quotes")
-        name = text.value()
+        names.append(text.value())
         if text.peek() != ":":
             raise text.broken("Expecting ':' delimiter")
         text.take()
-        if name == "data" and text.peek() == "[":
+        if names[-1] == "data" and text.peek() == "[":
+            lists.append("data")
             yield from _elements(path, text)
-            found = True
-        else:
-            text.value()
+        elif _is_rows(text.value()):
+            lists.append(names[-1])
         if text.peek() not in ("}", ","):
             raise text.broken("Expecting ',' delimiter")
         mark = text.take()
-    return found
+    if "data" not in lists:
+        return f"an object with {listed(names)}" if names else "an object"
+    return f"{len(lists)} lists of rows ({listed(lists)})" if len(lists) > 1 else ""
 
 
-def _object(where: str, row: object) -> dict[str, Any] | UserError:
-    if isinstance(row, dict):
-        return row
-    return UserError(f"{where}: found {_kind(row)}, expected an object with named fields")
+def _is_rows(value: object) -> bool:
+    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
+
+
+def _object(where: str, row: object, decoder: _Decoder) -> dict[str, Any] | UserError:
+    if not isinstance(row, dict):
+        return UserError(f"{where}: found {_kind(row)}, expected an object with named fields")
+    if decoder.doubled:
+        return UserError(f"{where}: found {listed([decoder.doubled])} twice in one object, expected each name once")
+    return row
 
 
 def _kind(value: object) -> str:

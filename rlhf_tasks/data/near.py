@@ -1,17 +1,21 @@
 """Near copies across the split: MinHash over character shingles, found by locality-sensitive hashing (Broder 1997).
 
-Memory is a hundred bytes a text, whatever its length; texts that may be near copies are read back and compared.
+Memory is a hundred bytes a text, whatever its length: texts and their places wait on disk, and those that may be near
+copies are read back and compared.
 """
 
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from rlhf_tasks.data.texts import normal
 
 SHINGLE = 5
 BANDS, BAND_HASHES = 12, 5
@@ -37,42 +41,45 @@ class NearCopy(NamedTuple):
 
 
 class NearTexts:
-    """Texts of both sides, each given once; `copies` says which held-out ones have a near copy among the others."""
+    """Texts of both sides; `copies` says which held-out ones have a near copy among the others."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w+b")
-        self._ends, self._places, self._sides = [0], list[str](), bytearray()
+        self._ends, self._sides = array("q", [0]), bytearray()
         self._keys: list[npt.NDArray[np.uint64]] = []
         self._waiting: list[str] = []
         self._characters = 0
 
     def add(self, where: str, text: str, heldout: bool) -> None:
         """Take a text; case and white space do not count."""
-        text = " ".join(text.lower().split())
-        content = text.encode()
+        text = normal(text).lower()
+        content = f"{where}\0{text}".encode()
         self._file.write(content)
         self._ends.append(self._ends[-1] + len(content))
-        self._places.append(where)
         self._sides.append(heldout)
         self._waiting.append(text)
         self._characters += len(text)
         if self._characters > BATCH_CHARACTERS:
             self._flush()
 
-    def copies(self) -> list[NearCopy]:
-        """Every held-out text that has a near copy in training, with the first that was found."""
+    def copies(self, wanted: npt.NDArray[np.bool_]) -> list[NearCopy]:
+        """Every held-out text that has a near copy in training, with the best that was found.
+
+        Args:
+            wanted: which texts count, `[texts]`, in the order in which they were given.
+        """
         self._flush()
         self._file.flush()
-        keys = np.concatenate(self._keys) if self._keys else np.zeros((0, BANDS), np.uint64)
         sides, found = np.frombuffer(self._sides, np.bool_), dict[int, NearCopy]()
         for band in range(BANDS):
-            for rows in _mixed_groups(keys[:, band], sides):
+            keys = np.concatenate([batch[:, band] for batch in self._keys] or [np.zeros(0, np.uint64)])
+            for rows in _mixed_groups(keys, sides, wanted):
                 train = [int(row) for row in rows if not sides[row]][:COMPARED]
                 for row in (int(row) for row in rows if sides[row] and int(row) not in found):
-                    scores = [(self._similarity(row, other), other) for other in train]
-                    best, other = max(scores, key=lambda score: score[0])
+                    (where, text), others = self._read(row), map(self._read, train)
+                    best, other = max((similarity(text, other), place) for place, other in others)
                     if best >= SIMILAR:
-                        found[row] = NearCopy(self._places[row], self._places[other], best)
+                        found[row] = NearCopy(where, other, best)
         return [found[row] for row in sorted(found)]
 
     def close(self) -> None:
@@ -84,12 +91,12 @@ class NearTexts:
             self._keys.append(band_keys(self._waiting))
         self._waiting, self._characters = [], 0
 
-    def _similarity(self, one: int, other: int) -> float:
-        return similarity(self._text(one), self._text(other))
-
-    def _text(self, row: int) -> str:
+    def _read(self, row: int) -> tuple[str, str]:
+        """Where a text stands, and the text."""
         start, end = self._ends[row], self._ends[row + 1]
-        return os.pread(self._file.fileno(), end - start, start).decode()
+        content = os.pread(self._file.fileno(), end - start, start).decode()
+        where, _, text = content.partition("\0")
+        return where, text
 
 
 def similarity(one: str, other: str) -> float:
@@ -123,13 +130,16 @@ def band_keys(texts: Sequence[str]) -> npt.NDArray[np.uint64]:
     return keys
 
 
-def _mixed_groups(keys: npt.NDArray[np.uint64], sides: npt.NDArray[np.bool_]) -> Iterator[npt.NDArray[np.int64]]:
-    """The rows of every group with one key that has rows of both sides."""
-    if len(keys) == 0:
+def _mixed_groups(
+    keys: npt.NDArray[np.uint64], sides: npt.NDArray[np.bool_], wanted: npt.NDArray[np.bool_]
+) -> Iterator[npt.NDArray[np.int64]]:
+    """The rows of every group with one key that has rows of both sides, as far as rows are wanted."""
+    rows = np.flatnonzero(wanted)
+    if len(rows) == 0:
         return
-    order = np.argsort(keys, kind="stable")
+    order = rows[np.argsort(keys[rows], kind="stable")]
     starts = np.flatnonzero(np.concatenate([[True], keys[order][1:] != keys[order][:-1]]))
     held = np.add.reduceat(sides[order].astype(np.int64), starts)
-    sizes = np.diff(np.append(starts, len(keys)))
+    sizes = np.diff(np.append(starts, len(order)))
     for group in np.flatnonzero((held > 0) & (held < sizes)):
         yield order[starts[group] : starts[group] + sizes[group]]

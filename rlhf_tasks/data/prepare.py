@@ -9,9 +9,12 @@ The steps are shared with `rlhf data check` (check.py), which goes on where this
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +30,17 @@ from rlhf_tasks.data.encoding import (
     train_tokenizer,
 )
 from rlhf_tasks.data.feedback import KINDS, SIDES, Feedback
+from rlhf_tasks.data.fields import NOTES, OnNote, Reading
 from rlhf_tasks.data.formats import Record, parse_row
+from rlhf_tasks.data.repeats import LOOKED_AT, repeats_prompts
 from rlhf_tasks.data.sources import Meter, read_rows, source_name
 from rlhf_tasks.data.tables import write_table
 from rlhf_tasks.errors import UserError
 
 if TYPE_CHECKING:
     from rlhf_tasks import config
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[..., None]
 """Called by name with `done` and `total`, in rows, and any other numbers."""
@@ -55,14 +62,14 @@ def run(*, seed: int, data: config.Data, model: config.Model, out: Path, progres
     check_kinds(data)
     tokenizer, template = open_tokenizer(data, model)
     check_lengths(model.base, known_positions(model), data)
-    steps = Steps(progress, Meter.of(data.sources))
+    steps, noted = Steps(progress, Meter.of(data.sources)), Counter[str]()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".rows-", dir=out) as folder:
         feedback = Feedback(template, tokenizer, data.heldout, Path(folder))
-        rows_read = read_all(data, feedback, steps)
+        rows_read = read_all(data, feedback, steps, on_note=lambda where, note: noted.update([note]))
         feedback.finish(seed, data.ratings)
         for kind, side in TABLES:
-            check_rows(kind, side, int(feedback.wanted(kind, side).sum()), data)
+            check_rows(kind, side, int(feedback.wanted(kind, side).sum()), data, feedback)
         steps.settle(feedback, learnt=TAUGHT if tokenizer is None else ())
         tokenizer = tokenizer or learn_tokenizer(feedback, data, model, template, steps)
         tokenizer.save_pretrained(out / "tokenizer")
@@ -70,6 +77,7 @@ def run(*, seed: int, data: config.Data, model: config.Model, out: Path, progres
         counts, numbers = _write(feedback, encoder, data, out, steps)
     details = {
         "rows": rows_read,
+        "noted": dict(noted),
         "dropped": {kind: dropped.counts() for kind, dropped in feedback.dropped.items()},
         "too_short": feedback.too_short,
         "vocabulary": len(tokenizer),
@@ -77,6 +85,10 @@ def run(*, seed: int, data: config.Data, model: config.Model, out: Path, progres
     }
     summary = {**counts, "details": details}
     (out / "metrics.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for note, rows in noted.items():
+        log.warning("prepare: %s %s", f"{rows:,}", NOTES[note])
+    if said := cut_sentence(counts, numbers["tokens"], data):
+        log.warning("prepare: %s", said)
     return counts
 
 
@@ -123,14 +135,53 @@ def check_kinds(data: config.Data) -> None:
         raise UserError("`data.sources`: no source of kind preference or ratings; the reward model learns from those")
 
 
-def check_rows(kind: str, side: str, rows: int, data: config.Data) -> None:
-    """Raises a `UserError` if nothing is left of a table."""
-    if rows == 0:
-        change = "raise" if side == "heldout" else "lower"
-        gap = f", lower `data.ratings.min_gap` ({data.ratings.min_gap:g})" if kind == "pairs" else ""
-        raise UserError(
-            f"no rows are left for {kind}/{side}; {change} `data.heldout` ({data.heldout:g}){gap}, or add data"
-        )
+def check_rows(kind: str, side: str, rows: int, data: config.Data, feedback: Feedback) -> None:
+    """Raises a `UserError` if nothing is left of a table, that says why."""
+    if rows:
+        return
+    table, held = feedback.tables[kind], side == "heldout"
+    made, kept = int((table.heldout == held).sum()), int(feedback.wanted(kind, side).sum())
+    close = kind == "pairs" and held in feedback.too_close
+    gap = f"lower `data.ratings.min_gap` ({data.ratings.min_gap:g})"
+    if kept:
+        limit = f"`data.max_response_tokens` ({data.max_response_tokens})"
+        why = f"the two answers of all {kept:,} became the same by being cut; raise {limit}"
+    elif made:
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in feedback.dropped[kind].counts().items() if n)
+        why = f"all {made:,} were left out ({reasons} on both sides together); `rlhf data check` names them"
+    elif len(table):
+        why = f"{'raise' if held else 'lower'} `data.heldout` ({data.heldout:g})" + f", {gap}" * close + ", or add data"
+    elif close:
+        why = f"no two ratings of texts that make a pair are far enough apart; {gap}, or add data"
+    elif kind == "pairs" and not any(source.kind == "preference" for source in data.sources):
+        why = "no two rated texts share a prompt, or an opening, and differ in their rating; add data"
+    else:
+        why = "no source gives any; add data"
+    raise UserError(f"no rows are left for {kind}/{side}: {why}")
+
+
+def cut_sentence(counts: Mapping[str, float], tokens: Mapping[str, Any], data: config.Data) -> str:
+    """What a run says of texts that are cut: of any answer, and of prompts where it is most of them; or nothing.
+
+    Args:
+        counts: rows by table.
+        tokens: the summary's numbers by table and column.
+    """
+    cut, rows = Counter[str](), Counter[str]()
+    for table, columns in tokens.items():
+        for column, numbers in columns.items():
+            what = "prompts" if column == "prompt" else "answers"
+            cut[what] += round(numbers["share_cut"] * counts[table])
+            rows[what] += int(counts[table])
+    share = {what: cut[what] / count for what, count in rows.items()}
+    said = []
+    if share["answers"]:
+        lost = f"lose their end and EOS (`data.max_response_tokens: {data.max_response_tokens}`)"
+        said.append(f"{100 * share['answers']:.3g} % of the answers {lost}")
+    if share["prompts"] > 0.5:
+        lost = f"lose their beginning (`data.max_prompt_tokens: {data.max_prompt_tokens}`)"
+        said.append(f"{100 * share['prompts']:.0f} % of the prompts {lost}")
+    return f"{' and '.join(said)}; `rlhf data check` says which" if said else ""
 
 
 def open_tokenizer(data: config.Data, model: config.Model) -> tuple[PreTrainedTokenizerBase | None, Template]:
@@ -153,6 +204,7 @@ def read_all(
     steps: Steps,
     on_fault: OnFault = stop_at,
     on_record: Callable[[str, Record], None] = lambda where, record: None,
+    on_note: OnNote = lambda where, note: None,
 ) -> dict[str, int]:
     """Every row of every source into `feedback`; the number of good rows by source, named without its folder.
 
@@ -166,12 +218,17 @@ def read_all(
         while unique in counts:
             unique = f"{name} ({sum(known.startswith(name) for known in counts) + 1})"
         counts[unique] = 0
-        for where, row in read_rows(source, steps.meter):
+        rows = read_rows(source, steps.meter)
+        first = list(islice(rows, LOOKED_AT))
+        reading = Reading(source.kind, data.ratings.scale, source.fields, on_note=on_note)
+        repeated = repeats_prompts((row for _, row in first if isinstance(row, dict)), reading)
+        reading = replace(reading, repeated=repeated)
+        for where, row in chain(first, rows):
             steps.read()
             try:
                 if isinstance(row, UserError):
                     raise row
-                record = parse_row(where, row, source.kind, data.ratings.scale)
+                record = parse_row(where, row, reading)
                 feedback.add(where, record)
             except UserError as error:
                 on_fault(where, error)
@@ -233,7 +290,7 @@ def _write(
     for kind, side, counter, cells in encode_all(feedback, encoder, steps):
         name = f"{kind}_{side}"
         counts[name] = write_table(out / kind / f"{side}.arrow", cells, SCHEMAS[kind])
-        check_rows(kind, side, int(counts[name]), data)
+        check_rows(kind, side, int(counts[name]), data, feedback)
         for group, number in table_numbers(kind, counter).items():
             numbers[group][name] = number
     return counts, numbers

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -30,15 +31,18 @@ GOOD = [
 
 
 def lines(*rows, end="\n"):
-    return end.join(json.dumps(row, ensure_ascii=False) if isinstance(row, dict) else row for row in rows).encode()
+    texts = (json.dumps(row, ensure_ascii=False) if isinstance(row, dict) else row for row in rows)
+    return end.join(texts).encode(errors="replace")
 
 
-def parquet(rows):
+def parquet(table):
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink)
+    pq.write_table(table, sink)
     return sink.getvalue().to_pybytes()
 
 
+NOT_UTF8 = pa.array([b"\xff", *[b"fine"] * 30]).view(pa.string())
+HUMAN = "\n\nHuman: Hello\n\nAssistant:"
 P = {"prompt": "p", "chosen": " a", "rejected": " b"}
 # file: (kind, content, what has to be said of it, in order: each as place and message)
 BROKEN = {
@@ -78,13 +82,13 @@ BROKEN = {
         lines(
             P | {"margin": "much"},
             P | {"margin": True, "chosen": ""},
-            '{"prompt":"p","chosen":"a","rejected":"b","margin":NaN}',
+            '{"prompt":"p","chosen":"a","rejected":"b","margin":Infinity}',
         ),
         [
             (":1", '`margin` is "much", expected a finite'),
             (":2", "`chosen` is empty"),
             (":2", "`margin` is true"),
-            (":3", "NaN"),
+            (":3", "Infinity"),
         ],
     ),
     "08-types.jsonl": (
@@ -116,7 +120,7 @@ BROKEN = {
         [(":row 1", "`instruction` is empty"), (":row 1", "`output` is empty"), (":row 32", "no `output`")],
     ),
     "11-half.json": ("sft", b'[\n {"instr', [("", "11-half.json:2: broken JSON")]),
-    "12-object.json": ("sft", b'{"rows": []}', [("", "found an object, expected a list of rows")]),
+    "12-object.json": ("sft", b'{"rows": []}', [("", "found an object with `rows`, expected a list of rows")]),
     "13-cells.csv": (
         "ratings",
         b"text,rating\ngood film,2\nbad\nfine film,x\ndull film,99\n",
@@ -137,7 +141,7 @@ BROKEN = {
     "17-not.parquet": ("sft", b"PAR1 not really", [("", "not a readable Parquet file")]),
     "18-nulls.parquet": (
         "preference",
-        parquet([P, {"prompt": None, "chosen": "a", "rejected": None}]),
+        parquet(pa.Table.from_pylist([P, {"prompt": None, "chosen": "a", "rejected": None}])),
         [(":row 2", "expected both to open with the same turns|no `rejected`")],
     ),
     "19-cut.jsonl.gz": (
@@ -161,6 +165,46 @@ BROKEN = {
     "22-empty.jsonl": ("sft", b"\n\n", [("", "holds no rows")]),
     "23-notes.txt": ("sft", b"text", [("", r"unknown kind of file `\.txt`")]),
     "24-missing.jsonl": ("sft", None, [("", "not found; correct its path")]),
+    "25-utf16.jsonl": (
+        "sft",
+        lines(P, P, P).decode().encode("utf-16"),
+        [("", "found UTF-16, expected UTF-8")],
+    ),
+    "26-bytes.csv": (
+        "ratings",
+        b"text,rating\ngood film,1\nbad \xff,2\nfine film,1\nworse \xe9,2\ndull film,99\n",
+        [(":3", "not UTF-8"), (":5", "not UTF-8"), (":6", '`rating` is "99"')],
+    ),
+    "27-bytes.parquet": (
+        "sft",
+        parquet(pa.table({"prompt": [f"p {i}" for i in range(31)], "completion": NOT_UTF8})),
+        [(":row 1", "`completion` is not UTF-8; write the file again")],
+    ),
+    "28-doubled.jsonl": (
+        "preference",
+        lines('{"prompt": "p", "chosen": "a", "rejected": "b", "chosen": "c"}', P),
+        [(":1", "found `chosen` twice in one object")],
+    ),
+    "29-two-lists.json": (
+        "preference",
+        json.dumps({"data": [P], "test": [P]}).encode(),
+        [("", r"found 2 lists of rows \(`data`, `test`\), expected a list of rows")],
+    ),
+    "30-names.jsonl": (
+        "prompts",
+        lines({"\x1b[2J\ud800" + "n" * 99: 1} | {f"k{i}": 1 for i in range(99)}).replace(b"?", b"\\ud800"),
+        [(":1", r"no `prompt`; found `\\x1b\[2J\\ud800n+\.\.\.`, .*`k10` and 88 more; a row of kind prompts")],
+    ),
+    "31-human.jsonl": (
+        "preference",
+        lines({"chosen": f"{HUMAN} Hi", "rejected": f"{HUMAN} Yo\n\nHuman: So?"}),
+        [(":1", "`rejected` is a transcript that ends with the human's turn")],
+    ),
+    "32-two-prompts.jsonl": (
+        "sft",
+        lines({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "prompt": "c"}),
+        [(":1", '`prompt` is "c", expected what `messages` says too')],
+    ),
 }
 
 
@@ -236,6 +280,23 @@ def test_the_command_says_it_all_at_once_and_exits_with_2(tmp_path):
     assert not [path for path in (tmp_path / ".rlhf").iterdir() if path.name.startswith("check-")]
 
 
+def test_what_a_file_holds_gives_the_terminal_no_orders(tmp_path):
+    """Neither by names of fields, nor by values, nor by its own name; all of it is printed in any case."""
+    path = tmp_path / "\x1b[31mred [bold].jsonl"
+    answers = rb'"chosen": "a", "rejected": {"\udfff": 1}'
+    path.write_bytes(rb'{"\u009b2J \ud800 [red]": 1}' + b"\n" + rb'{"prompt": "\u001b]0;title\u0007", %s}' % answers)
+    sources = [write_good(tmp_path), {"kind": "preference", "path": str(path)}]
+    (tmp_path / "params.yaml").write_text(json.dumps({"data": {"sources": sources, "template": "none"}}))
+    for arguments in ([], ["--json"]):
+        line = [sys.executable, "-m", "flows.cli", "data", "check", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, env=environment)
+        assert (done.returncode, done.stderr) == (2, b"")
+        shown = done.stdout.decode()
+        assert "[bold].jsonl" in shown
+        assert all(character.isprintable() or character == "\n" for character in shown)
+
+
 # What prepare puts up with --------------------------------------------------------------------------------------------
 
 
@@ -290,6 +351,56 @@ def test_prompts_longer_than_the_model(tmp_path, write_model):
     assert report.rows, "the rest is looked at all the same"
 
 
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ({"base": "no/such/folder"}, {}, "`model.base: no/such/folder`: no such folder or file"),
+        ({}, {"template": "chat"}, "`data.template: chat`: the tokenizer has no chat template"),
+    ],
+)
+def test_a_model_that_does_not_load_is_one_problem_and_the_rows_are_looked_at(tmp_path, model, data, message):
+    bad = broken_source(tmp_path, "06-identical.jsonl")
+    report = look(tmp_path, write_good(tmp_path, rows=[*GOOD, GOOD[0]]), bad, model=model, **data)
+    first, *others = report.document()["problems"]
+    assert first["where"] == "params.yaml"
+    assert message in first["message"]
+    assert_said(others, tmp_path, "06-identical.jsonl")
+    assert report.rows["good.jsonl"] == len(GOOD) + 1
+    assert remarks(report)["duplicates"].rows == 1
+    assert sum(table["rows"] for name, table in report.tables.items() if "pairs" in name) == len(GOOD) + 1
+    assert not any("tokens" in table for table in report.tables.values()), "whose tokens?"
+
+
+def test_causes_come_before_what_follows_from_them(tmp_path):
+    """That no row has a field is known at the end, and said first; that nothing is left, last."""
+    (tmp_path / "a.jsonl").write_bytes(lines({"prompt": "p"}, {"prompt": "q"}))
+    source = {"kind": "preference", "path": str(tmp_path), "fields": {"chosen": "good", "rejected": "bad"}}
+    places = [problem.where.removeprefix(str(tmp_path)) for problem in look(tmp_path, source).problems]
+    assert places == ["", "", *["/a.jsonl:1"] * 2, *["/a.jsonl:2"] * 2, *["data.sources"] * 6]
+
+
+def test_what_is_read_as_something_else_is_remarked(tmp_path):
+    whole = [row | {name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in GOOD]
+    report = look(tmp_path, write_good(tmp_path, rows=[*whole[:9], whole[9] | {"margin": "nan"}]))
+    found = remarks(report)
+    assert found["repeated prompts"].rows == 10
+    assert found["no margin"].places == [f"{tmp_path / 'good.jsonl'}:10"]
+    assert "near leaks" not in found
+    report = look(
+        tmp_path,
+        write_good(tmp_path, rows=[*GOOD, {**P, "prompt": "w" * 16, "chosen": "w" * 17, "rejected": "w" * 18}]),
+    )
+    assert remarks(report)["kept prompts"].places == [f"{tmp_path / 'good.jsonl'}:97"]
+
+
+def test_answers_that_differ_in_white_space_alone_are_remarked(tmp_path):
+    report = look(
+        tmp_path, write_good(tmp_path, rows=[*GOOD, {"prompt": "p", "chosen": "so it is", "rejected": "so it  is"}])
+    )
+    assert remarks(report)["white space"].places == [f"{tmp_path / 'good.jsonl'}:97"]
+    assert "contradictions" not in remarks(report)
+
+
 @pytest.mark.parametrize(("way", "longer"), [("longer", "chosen"), ("shorter", "rejected")])
 def test_a_length_bias_is_said(tmp_path, way, longer):
     rows = [row | {longer: row[longer] + " and so on and on"} for row in GOOD]
@@ -322,12 +433,28 @@ def test_exact_and_near_leaks(tmp_path):
     assert "near leaks" not in remarks(look(tmp_path, write_good(tmp_path)))
 
 
+@pytest.mark.parametrize("kind", ["preference", "sft", "ratings"])
+def test_near_leaks_are_seen_in_what_is_trained_on(tmp_path, kind):
+    """Prompts that have nothing in common, with answers that have almost all."""
+    long = "the northern tides follow the moon, without haste and in plain sight of any reader who is curious, for"
+    names = {"preference": ("chosen", "rejected"), "sft": ("completion",), "ratings": ("text",)}[kind]
+    rows = [
+        {"prompt": f"{row['prompt']}?", names[0]: f" {long} {n} days"} | dict.fromkeys(names[1:], f" {n}")
+        for n, row in enumerate(GOOD)
+    ]
+    (tmp_path / "near.jsonl").write_bytes(lines(*(row | {"rating": n % 9 - 4} for n, row in enumerate(rows))))
+    report = look(tmp_path, write_good(tmp_path), {"kind": kind, "path": str(tmp_path / "near.jsonl")}, heldout=0.5)
+    found = remarks(report)["near leaks"]
+    assert len(GOOD) * 0.3 < found.files[str(tmp_path / "near.jsonl")] < len(GOOD) * 0.6
+    assert len(set(found.places)) == found.rows, "a row is told of once"
+
+
 def near_copies(path, train, heldout):
     texts = NearTexts(path)
     for side, group in ((False, train), (True, heldout)):
         for number, text in enumerate(group):
             texts.add(f"{side}:{number}", text, side)
-    copies = texts.copies()
+    copies = texts.copies(np.ones(len(train) + len(heldout), np.bool_))
     texts.close()
     return copies
 

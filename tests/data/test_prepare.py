@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -255,8 +256,8 @@ ERRORS = [
         {},
         r"`data\.sources`: no source of kind preference or ratings",
     ),
-    ({"heldout": 0.000001}, {}, r"no rows are left for sft/heldout; raise `data\.heldout` \(1e-06\), or add data"),
-    ({"heldout": 0.999999}, {}, r"no rows are left for sft/train; lower `data\.heldout` \(0\.999999\), or add data"),
+    ({"heldout": 0.000001}, {}, r"no rows are left for sft/heldout: raise `data\.heldout` \(1e-06\), or add data$"),
+    ({"heldout": 0.999999}, {}, r"no rows are left for sft/train: lower `data\.heldout` \(0\.999999\), or add data$"),
     ({"template": "chat"}, {}, r"`data\.template: chat`: the tokenizer has no chat template; set `data\.template` to"),
     (
         {},
@@ -273,14 +274,93 @@ def test_what_cannot_be_prepared_is_refused_in_a_sentence(tmp_path, preferences,
         prepare(tmp_path / "out", sources | data, model)
 
 
-def test_ratings_too_close_for_any_pair_say_which_parameter(tmp_path):
-    lines = [{"text": f"It's a film number {i}", "rating": 1} for i in range(40)]
-    data = {"sources": [{"kind": "ratings", "path": write(tmp_path / "r.jsonl", lines)}]}
-    message = (
-        r"no rows are left for pairs/train; lower `data\.heldout` \(0\.2\), lower `data\.ratings\.min_gap` \(1\), or"
-    )
-    with pytest.raises(UserError, match=message):
-        prepare(tmp_path / "out", data)
+def rated(*ratings, heads=("It's a",)):
+    rows = ((heads[i % len(heads)], ratings[i % len(ratings)]) for i in range(40))
+    return [{"text": f"{head} film number {i}", "rating": rating} for i, (head, rating) in enumerate(rows)]
+
+
+SAME = [{"prompt": f"q {i}", "chosen": f"so it is, {i}", "rejected": f"so it is, {i}, no"} for i in range(40)]
+TURNED = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in SAME]
+
+
+@pytest.mark.parametrize(
+    ("kind", "lines", "data", "message"),
+    [
+        ("ratings", rated(1, 1.5), {}, r"far enough apart; lower `data\.ratings\.min_gap` \(1\), or add data$"),
+        ("ratings", rated(1), {}, r"no two rated texts share a prompt, or an opening, and differ in their rating; add"),
+        (
+            "ratings",
+            rated(1, 3, heads=[f"{i}th one" for i in range(40)]),
+            {},
+            r"no two rated texts share a prompt, or an opening, and differ in their rating; add data$",
+        ),
+        ("ratings", rated(1, 3), {"heldout": 1e-9}, r"heldout: raise `data\.heldout` \(1e-09\), or add data$"),
+        (
+            "preference",
+            [*SAME, *TURNED],
+            {},
+            r"pairs/train: all \d\d were left out \(80 contradictions on both sides together\); `rlhf data check`",
+        ),
+        (
+            "preference",
+            SAME,
+            {"max_response_tokens": 1},
+            r"pairs/train: the two answers of all \d\d became the same by being cut; raise `data\.max_response_tok",
+        ),
+    ],
+)
+def test_what_leaves_no_rows_is_said_by_its_cause(tmp_path, kind, lines, data, message):
+    lessons = [{"prompt": f"p {i}", "completion": "x"} for i in range(40)]
+    sources = [
+        {"kind": kind, "path": write(tmp_path / "rows.jsonl", lines)},
+        {"kind": "sft", "path": write(tmp_path / "sft.jsonl", lessons)},
+    ]
+    with pytest.raises(UserError, match=message) as caught:
+        prepare(tmp_path / "out", {"sources": sources, "template": "none", **data})
+    assert ("min_gap" in str(caught.value)) == ("min_gap" in message), "it is not what is wrong"
+
+
+@pytest.mark.parametrize(
+    ("answer", "prompt", "said"),
+    [
+        (256, 256, ""),
+        (
+            2,
+            256,
+            r"100 % of the answers lose their end and EOS \(`data\.max_response_tokens: 2`\); `rlhf data check` says",
+        ),
+        (256, 2, r"100 % of the prompts lose their beginning \(`data\.max_prompt_tokens: 2`\); `rlhf data check` says"),
+        (2, 2, r"100 % of the answers lose .* and 100 % of the prompts lose .*; `rlhf data check` says which$"),
+        (25, 256, r"2\.5 % of the answers lose their end"),
+        (256, 25, ""),
+    ],
+)
+def test_a_run_says_in_a_line_what_is_cut(tmp_path, caplog, answer, prompt, said):
+    """Any answer, because training then sees no end of it; prompts where it is most of them."""
+    lines = [{"prompt": f"{i} is odd, isn't it?", "chosen": f"{i} is so", "rejected": f"no {i}"} for i in range(40)]
+    lines[0] = {name: text + "".join(map(chr, range(33, 123))) for name, text in lines[0].items()}
+    data = {"sources": [{"kind": "preference", "path": write(tmp_path / "p.jsonl", lines)}], "template": "none"}
+    limits = {"max_response_tokens": answer, "max_prompt_tokens": prompt}
+    prepare(tmp_path / "out", data | limits, {"scratch": {"vocab_size": 300}})
+    assert len(caplog.messages) == bool(said)
+    assert all(re.match(f"prepare: {said}", line) for line in caplog.messages), caplog.messages
+
+
+def test_a_run_says_what_is_read_as_something_else(tmp_path, caplog):
+    lines = [{"prompt": f"Is {i} odd?", "chosen": f"Is {i} odd? yes", "rejected": f"Is {i} odd? no"} for i in range(40)]
+    lines[7]["margin"] = float("nan")
+    data = {"sources": [{"kind": "preference", "path": write(tmp_path / "p.jsonl", lines)}], "template": "none"}
+    prepare(tmp_path / "out", data)
+    assert caplog.messages == [
+        "prepare: 40 rows repeat their prompt in front of every answer; it is taken off there",
+        "prepare: 1 margins are NaN, and count as none",
+    ]
+    details = json.loads((tmp_path / "out/metrics.json").read_text())["details"]
+    assert details["noted"] == {"repeated prompts": 40, "no margin": 1}
+    for side in ("train", "heldout"):
+        assert {(row["chosen"], row["rejected"]) for row in rows(tmp_path / "out", f"pairs/{side}")} == {
+            (" yes", " no")
+        }
 
 
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path):

@@ -77,15 +77,17 @@ def test_a_json_list_is_read_like_its_data_object(tmp_path):
 
 def test_reading_goes_on_after_what_is_wrong(tmp_path):
     """After a row of .jsonl or .csv with the next one, after a file that cannot be read on with the next file."""
-    (tmp_path / "a.csv").write_text("a,b\n1\n1,2\n")
+    (tmp_path / "a.csv").write_bytes(b'a,b\n1\n1,2\n"\n",\xff\n3,4\n')
     (tmp_path / "b.json").write_text("[{")
     (tmp_path / "c.jsonl").write_bytes(b'{"a": 1}\n{broken\n[]\n{"a": "\xe9"}\n{"a": %s}\n{"a": 2}' % (b"9" * 5000))
     found = list(read_rows(Source(kind="sft", path=str(tmp_path))))
     assert [(Path(where).name, isinstance(row, UserError)) for where, row in found] == [
-        ("a.csv:2", True), ("a.csv:3", False), ("b.json", True), ("c.jsonl:1", False), ("c.jsonl:2", True),
-        ("c.jsonl:3", True), ("c.jsonl:4", True), ("c.jsonl:5", True), ("c.jsonl:6", False),
+        ("a.csv:2", True), ("a.csv:3", False), ("a.csv:4", True), ("a.csv:6", False), ("b.json", True),
+        ("c.jsonl:1", False), ("c.jsonl:2", True), ("c.jsonl:3", True), ("c.jsonl:4", True), ("c.jsonl:5", True),
+        ("c.jsonl:6", False),
     ]  # fmt: skip
-    assert "b.json:1: broken JSON" in str(found[2][1])
+    assert "a.csv:4: not UTF-8" in str(found[2][1])
+    assert "b.json:1: broken JSON" in str(found[4][1])
 
 
 JSON = st.recursive(
@@ -95,6 +97,31 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )
+
+
+class Pairs(list):
+    """A JSON object as its pairs of name and value, doubled ones among them."""
+
+
+def rows_in(whole):
+    """The rows of a document: of its one list, or of the one list of objects that it names, which is `data`."""
+    if not isinstance(whole, Pairs):
+        return whole if isinstance(whole, list) else None
+    lists = [(name, value) for name, value in whole if isinstance(value, list) and not isinstance(value, Pairs)]
+    lists = [(name, value) for name, value in lists if name == "data" or any(isinstance(x, Pairs) for x in value)]
+    return lists[0][1] if [name for name, _ in lists] == ["data"] else None
+
+
+def is_doubled(value):
+    if isinstance(value, Pairs):
+        return len(dict(value)) < len(value) or any(is_doubled(inner) for _, inner in value)
+    return isinstance(value, list) and any(map(is_doubled, value))
+
+
+def plain(value):
+    if isinstance(value, Pairs):
+        return {name: plain(inner) for name, inner in value}
+    return [plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 @given(document=JSON | st.lists(st.dictionaries(st.text(max_size=2), JSON, max_size=2)), data=st.data())
@@ -107,8 +134,7 @@ def test_a_json_file_is_read_as_the_whole_of_it_would_be(tmp_path_factory, docum
         raw[at] = data.draw(st.sampled_from(list(b'[]{},:"1 x\xff')))
     path.write_bytes(raw)
     try:
-        whole = json.loads(raw.decode("utf-8-sig"))
-        rows = whole if isinstance(whole, list) else whole.get("data") if isinstance(whole, dict) else None
+        rows = rows_in(json.loads(raw.decode("utf-8-sig"), object_pairs_hook=Pairs))
     except ValueError:
         rows = None
     with mock.patch.object(json_files, "CHUNK", data.draw(st.integers(1, 9))), path.open("rb") as file:
@@ -119,7 +145,8 @@ def test_a_json_file_is_read_as_the_whole_of_it_would_be(tmp_path_factory, docum
     if raw.strip() == b"":
         assert found == []
     elif isinstance(rows, list):
-        assert [row for _, row in found if isinstance(row, dict)] == [row for row in rows if isinstance(row, dict)]
+        good = [row for row in rows if isinstance(row, Pairs) and not is_doubled(row)]
+        assert [row for _, row in found if isinstance(row, dict)] == [plain(row) for row in good]
         assert len(found) == len(rows)
     else:
         assert found is None
@@ -176,19 +203,27 @@ def test_what_names_no_file_is_refused(folder):
         rows_of(path="raw")
 
 
-def test_fields_are_read_under_their_own_names(tmp_path):
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"chosen": "a.good", "margin": "mrgn"},
+            r"no row has the field `mrgn`, which `data\.sources\[\]\.fields` gives for `margin`; "
+            r"the last one has `text`, `a`; correct it$",
+        ),
+        ({"chosen": "a.bad"}, r"no row has the field `a\.bad`, .* `chosen`"),
+        ({"text": "prompt"}, r"no row has the field `prompt`, .*; correct it: .* did you mean `prompt: text`\?$"),
+        ({"chosen": "a.good", "rejected": "text"}, None),
+    ],
+)
+def test_a_field_that_no_row_has_is_said(tmp_path, fields, message):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"q": "Why?", "a": "So.", "input": "theirs"}\n{"q": "Who?", "a": "He.", "note": ""}\n')
-    fields = {"instruction": "q", "output": "a"}
-    assert [row for _, row in rows_of(path=str(path), fields=fields)] == [
-        {"input": "theirs", "instruction": "Why?", "output": "So."},
-        {"note": "", "instruction": "Who?", "output": "He."},
-    ]
-    swapped = {"chosen": "rejected", "rejected": "chosen"}
-    path.write_text('{"chosen": "no", "rejected": "yes"}')
-    assert rows_of(path=str(path), fields=swapped)[0][1] == {"chosen": "yes", "rejected": "no"}
-    with pytest.raises(UserError, match=r"no row has the field `mrgn`, which `data.sources.*` gives for `margin`"):
-        rows_of(path=str(path), fields=swapped | {"margin": "mrgn"})
+    path.write_text('{"text": "t"}\n{"text": "t", "a": {"good": null}}\n')
+    if message is None:
+        assert rows_of(path=str(path), fields=fields)[0][1] == {"text": "t"}
+        return
+    with pytest.raises(UserError, match=message):
+        rows_of(path=str(path), fields=fields)
 
 
 def test_the_first_rows_are_read_and_no_more(folder):
@@ -206,26 +241,60 @@ def test_the_meter_ends_at_the_size_of_the_files(folder):
     assert meter.fraction == 1
 
 
+def parquet(columns=(), names=(), **named):
+    """The bytes of a Parquet file with some columns."""
+    arrays = [column if isinstance(column, pa.Array) else pa.array(column) for column in (*columns, *named.values())]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_arrays(arrays, [*names, *named]), sink)
+    return sink.getvalue().to_pybytes()
+
+
+TIMES = pa.array([1, 2**62], pa.timestamp("us"))
+NOT_UTF8 = pa.array([b"fine", b"\xff"]).view(pa.string())
+
 BROKEN = {
     "a.json": (b'[\n{"a": 1},\n{"a": }]', r"a\.json:3: broken JSON \(Expecting value\)$"),
     "b.json": (
         b'{"a": 1}\n{"a": 2}',
         r"b\.json:2: broken JSON \(Extra data\); a file with one object a line .* \.jsonl",
     ),
-    "c.json": (b'{"rows": []}', r'c\.json: found an object, expected a list of rows or \{"data": \[rows\]\}'),
+    "c.json": (
+        b'{"rows": []}',
+        r'c\.json: found an object with `rows`, expected a list of rows or \{"data": \[rows\]\}',
+    ),
     "d.json": (b'["text"]', r"d\.json:row 1: found a text, expected an object with named fields"),
     "e.json": (b'[{"a": \n"\xff"}]', r"e\.json:2: not UTF-8; save the file in that encoding"),
     "f.json": (b"[]", r"f\.json: holds no rows; fill the file or remove it from `data\.sources`"),
     "g.json": (b"[" * 100_000, r"g\.json:1: broken JSON \(nested too deeply\)"),
+    "h.json": (
+        b'{"n": [1], "data": [{}], "test": [{}]}',
+        r"h\.json: found 2 lists of rows \(`data`, `test`\), expected a",
+    ),
+    "i.json": (b'{"data": [], "data": [{}]}', r"i\.json: found 2 lists of rows \(`data`, `data`\), expected a list"),
+    "j.json": (b'[{"a": 1}, {"a": {"b": 1, "b": 2}}]', r"j\.json:row 2: found `b` twice in one object, expected each"),
+    "k.json": (
+        "[{}]".encode("utf-16-be"),
+        r"k\.json: found UTF-16BE, expected UTF-8; save it so, .*`iconv -f UTF-16BE -t",
+    ),
     "a.jsonl": (b'{"a": 1}\n\n[1, 2]\n', r"a\.jsonl:3: found a list, expected an object"),
     "b.jsonl": (b'{"a": 1}\n{"a": "\xe9"}\n', r"b\.jsonl:2: not UTF-8"),
     "c.jsonl": (b"\n \n", r"c\.jsonl: holds no rows"),
     "d.jsonl": (b"", r"d\.jsonl: holds no rows"),
+    "e.jsonl": (b'{"a": 1, "b": 2, "a": 3}', r"e\.jsonl:1: found `a` twice in one object, expected each name once"),
+    "f.jsonl": ('{"a": 1}\n{"a": 2}'.encode("utf-16"), r"f\.jsonl: found UTF-16, expected UTF-8"),
     "a.csv": (b"a,b\n1,2\n3\n", r"a\.csv:3: found 1 cells, expected 2, one for each column"),
-    "b.csv": (b"a,a\n1,2\n", r"b\.csv:1: found the columns \['a', 'a'\], expected a name for each, and each only once"),
+    "b.csv": (b"a,a\n1,2\n", r"b\.csv:1: found the columns `a`, `a`, expected a name for each, and each only once"),
     "c.csv": (b'a,b\n1,"2\n', r"c\.csv:2: broken CSV \(unexpected end of data\); check the quotes"),
     "d.csv": (b"a,b\n", r"d\.csv: holds no rows"),
+    "e.csv": (b"a,\n1,2\n", r"e\.csv:1: found the columns `a`, ``, expected a name for each"),
+    "f.csv": (b"a,\xff\n1,2\n", r"f\.csv:1: not UTF-8"),
     "a.parquet": (b"no parquet at all", r"a\.parquet: not a readable Parquet file \(.*\); write it again"),
+    "b.parquet": (parquet(prompt=TIMES), r"b\.parquet:row 2: `prompt` cannot be read \(.*\); take this value away"),
+    "c.parquet": (
+        parquet(prompt=NOT_UTF8),
+        r"c\.parquet:row 2: `prompt` is not UTF-8; write the file again with its texts",
+    ),
+    "d.parquet": (parquet([[1], [2]], ["a", "a"]), r"d\.parquet: found the columns `a`, `a`, expected each only once"),
     "a.jsonl.gz": (b'{"a": 1}', r"a\.jsonl\.gz: damaged gzip file \(.*\); copy or download it again"),
     "b.jsonl.gz": (gzip.compress(b'{"a": 1}\n' * 100)[:-9], r"b\.jsonl\.gz: damaged gzip file"),
     "a.txt": (b"text", r"a\.txt: unknown kind of file `\.txt`; expected \.json, \.jsonl, \.csv, \.parquet, each also"),
@@ -240,6 +309,37 @@ def test_a_broken_file_is_refused_in_one_sentence(tmp_path, name):
     with pytest.raises(UserError, match=message) as caught:
         read(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_only_the_columns_of_a_parquet_file_that_are_used_are_read(tmp_path):
+    """What Python cannot hold stands in the way of nobody who does not want it, and is named all the same."""
+    path = tmp_path / "a.parquet"
+    answers = [{"text": "one", "time": 1}, {"text": "two", "time": 2}]
+    path.write_bytes(
+        parquet(
+            made=TIMES, prompt=["p", "q"], answer=answers, note=NOT_UTF8, __index_level_0__=[0, 1], margin=[1.0, 2.0]
+        )
+    )
+    rows = [row for _, row in rows_of(path=str(path), fields={"completion": "answer.text"})]
+    assert rows == [
+        {"prompt": "p", "answer": {"text": "one"}, "margin": 1.0, "made": ..., "note": ...},
+        {"prompt": "q", "answer": {"text": "two"}, "margin": 2.0, "made": ..., "note": ...},
+    ]
+    path.write_bytes(parquet(made=TIMES))
+    assert [row for _, row in rows_of(path=str(path))] == [{"made": ...}] * 2
+
+
+@pytest.mark.parametrize("index", ["", "Unnamed: 0", "__index_level_0__"])
+def test_the_column_of_a_pandas_index_is_left_out(tmp_path, index):
+    path = tmp_path / "a.csv"
+    path.write_text(f"{index},text\n0,a\n1,b\n")
+    assert [row for _, row in read(path)] == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_file_with_a_name_that_is_no_text_is_refused(folder):
+    Path(os.fsdecode(b"raw/caf\xe9.jsonl")).write_text('{"n": 1}')
+    with pytest.raises(UserError, match=r"raw/caf\\udce9\.jsonl: the name of this file is not UTF-8; rename it"):
+        rows_of(path="raw")
 
 
 def test_a_missing_file_says_what_to_do(tmp_path):
