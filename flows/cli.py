@@ -45,6 +45,7 @@ a changed parameter runs what depends on it, and a run that was killed goes on w
 * `rlhf status`: what is done, what is out of date; `rlhf why ppo`: what changed, from what to what
 * `rlhf lineage models:/rlhf-actor@champion`: where it came from, down to the raw data
 * `rlhf reproduce HEAD`: do it again in a clean folder: do all digests agree?
+* `rlhf promote 3 --why "..."`, `rlhf rollback --why "..."`: another version becomes @champion
 * `rlhf plan`: memory, work and time of every part, on this machine or on a GPU that you name
 * `rlhf gc`: what the store holds that nothing needs any more
 * `rlhf data check`: is anything wrong with the data, file by file and row by row?
@@ -155,6 +156,28 @@ def reproduce(
     from flows import reproduce as reproduction
 
     sys.exit(0 if reproduction.reproduce(root, name, into) else 1)
+
+
+Why = Annotated[str, typer.Option("--why", metavar="REASON", help="Kept with the version and its run.")]
+
+
+@app.command()
+def promote(
+    version: Annotated[int, typer.Argument(metavar="VERSION", help="Of the registered Actor, as MLflow counts.")],
+    why: Why,
+) -> None:
+    """Make a version @champion, whatever the gate said of it."""
+    from flows import champion
+
+    champion.promote(Path.cwd(), version, why)
+
+
+@app.command()
+def rollback(why: Why) -> None:
+    """Make the version @champion that was it before the present one."""
+    from flows import champion
+
+    champion.roll_back(Path.cwd(), why)
 
 
 @app.command()

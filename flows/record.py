@@ -26,7 +26,8 @@ from rlhf_tasks import registry, versioning
 from rlhf_tasks.config import flatten
 from rlhf_tasks.digests import digest_file
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.lineage import lineage_here
+from rlhf_tasks.facts import gather_facts
+from rlhf_tasks.lineage import Document, lineage_here
 from rlhf_tasks.origins import Origin, log_origin, tell_makers
 from rlhf_tasks.registry import Settled, TrackingContext
 from rlhf_tasks.source import LOCK, Source, source_of
@@ -118,7 +119,7 @@ class Record:
         self.tracker = tracker = Tracker(project_folder(self.workspace.root))
         with answered(tracker.uri):
             if "register" in stages:
-                registry.check_name(self.workspace.params.register_.name, tracker.uri)
+                registry.check_names(self.workspace.params.register_, tracker.uri)
             tracker.close_dead_runs()
             name_of_session = session()
             known = tracker.find_run(SESSION, name_of_session) if versioning.inside_stage() else None
@@ -226,7 +227,7 @@ class StageRecord:
         tracker.log_metrics(self.parent.run_id, named)  # so that pipelines can be compared by their parent runs
         tags = {"rlhf.key": manifest["key"], "rlhf.digest": entry.digest, "rlhf.cached": str(cached).lower()}
         inputs = manifest["identity"]["inputs"]
-        tracker.set_tags(self.run_id, tags | {f"rlhf.input.{path}": digest for path, digest in inputs.items()})
+        tracker.set_tags(self.run_id, tags | {f"{registry.INPUT}{path}": digest for path, digest in inputs.items()})
         for path, digest in inputs.items():
             if path.startswith("data"):
                 tracker.log_dataset(self.run_id, path, digest, self.stage.name, root / path)
@@ -243,27 +244,30 @@ class StageRecord:
         Called when the stage is in dvc.lock, so that the version's tag names a lock file that exists.
         """
         workspace, inputs = self.parent.workspace, STAGES["register"].inputs
-        actor = workspace.root / inputs["actor"]
+        actor, reward = (workspace.root / path for path in (inputs["actor"], STAGES["ppo"].inputs["reward"]))
         read = {path for stage in STAGES.values() for path in stage.inputs.values()}
-        digests = {f"rlhf.input.{path}": digest_path(workspace.root / path) for path in sorted(read)}
+        digests = {f"{registry.INPUT}{path}": digest_path(workspace.root / path) for path in sorted(read)}
+        document, example = self._keep_origin(), self._example()
         context = TrackingContext(
             uri=self.parent.tracker.uri,
             run_id=self.run_id,
             actor_digest=digest_path(actor),
+            reward_digest=digest_path(reward),
             lock=workspace.store.root / "locks" / "registry",
             tags=origin_tags(self.parent.source) | dvc_lock(workspace.root) | digests,
-            example=self._example(),
+            example=example,
+            facts=lambda: gather_facts(workspace, document, example),
         )
-        self._keep_origin()
         self.settled = registry.settle(
             register_=workspace.params.register_,
             generation=workspace.params.generation,
             actor=actor,
+            reward=reward,
             evaluation=workspace.root / inputs["evaluation"],
             tracking=context,
         )
 
-    def _keep_origin(self) -> None:
+    def _keep_origin(self) -> Document:
         """The tree down to the raw data, with the run that made each stage, where the version will be looked for."""
         root, tracker, source = self.parent.workspace.root, self.parent.tracker, self.parent.source
         document = lineage_here(self.parent.workspace, source)
@@ -271,6 +275,7 @@ class StageRecord:
         tell_makers(tracker, document)
         lock = root / LOCK
         log_origin(tracker, self.run_id, Origin(document, source.patch, lock.read_bytes() if lock.exists() else b""))
+        return document
 
     def _example(self) -> str:
         path = self.parent.workspace.root / STAGES["evaluate"].outs["samples.jsonl"]

@@ -310,9 +310,19 @@ class Gate(Section):
     max_kl: Positive = 12.0
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")]
+
+
 class Register(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")] = "rlhf-actor"
+    name: Name = "rlhf-actor"
+    reward_name: Name = "rlhf-reward"
     gate: Gate = Gate()
+
+    @model_validator(mode="after")
+    def _two_names(self) -> Register:
+        if self.name == self.reward_name:
+            raise ValueError(f"`reward_name: {self.reward_name}` is the Actor's name too; choose another one")
+        return self
 
 
 class Saving(Section):

@@ -12,32 +12,32 @@ import json
 import logging
 import math
 import re
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version as installed_version
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
+from rlhf_tasks.champion import ABSENT, CHAMPION, Move, move_champion, version_at
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.logged_models import log_model, save_actor, save_reward
+from rlhf_tasks.model_card import Facts, actor_card, reward_card
 from rlhf_tasks.store import digest_path, open_lock
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
-    from mlflow.models import ModelSignature
 
     from rlhf_tasks import config
 
 log = logging.getLogger(__name__)
 
-CHAMPION, CHALLENGER, DIGEST, GATE, JUDGED = "champion", "challenger", "actor_digest", "gate", "gate_run"
-_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the second where only an alias is missing
+CHALLENGER, DIGEST, REWARD_DIGEST, GATE, JUDGED = "challenger", "actor_digest", "reward_digest", "gate", "gate_run"
+TEMPLATE, REWARD, INPUT = "rlhf.template", "rlhf.reward", "rlhf.input."
+OF_REWARD = (f"{INPUT}data/prepared/", f"{INPUT}checkpoints/sft")  # what it was made from
 _TOLD = 8  # versions in a sentence
 
 
@@ -48,18 +48,21 @@ class TrackingContext:
     Attributes:
         uri: tracking and registry server.
         run_id: the stage's run, which the model is logged under.
-        actor_digest: content digest of the Actor's folder.
-        lock: a file that serialises registering and moving aliases among this project's processes.
+        actor_digest, reward_digest: content digests of their folders.
+        lock: a file that serialises registering among this project's processes.
         tags: lineage for the version and its card: git commit, dvc.lock digest, digests of data and checkpoints.
         example: a prompt for the model's input example.
+        facts: gathers what a card says; called only where there is something to register.
     """
 
     uri: str
     run_id: str
     actor_digest: str
+    reward_digest: str
     lock: Path
     tags: Mapping[str, str] = field(default_factory=dict)
     example: str = "This film"
+    facts: Callable[[], Facts] = Facts
 
 
 @dataclass(frozen=True)
@@ -117,25 +120,30 @@ def settle(
     register_: config.Register,
     generation: config.Generation,
     actor: Path,
+    reward: Path,
     evaluation: Path,
     tracking: TrackingContext,
 ) -> Settled:
     """Move `@champion` to this Actor's version if the gate's rules pass; to be called after `run`, cached or not.
 
-    A registry that does not know the Actor (a clone that pulled the stage's result) gets it here; only then is the
-    Actor's folder read. Comparing with the present champion comes with the release gate; until then, passing the rules
-    is enough.
+    A registry that does not know the Actor (a clone that pulled the stage's result) gets it here; only then are the
+    folders read. Comparing with the present champion comes with the release gate; until then, passing the rules is
+    enough.
     """
     version = ensure_registered(
-        register_=register_, generation=generation, actor=actor, evaluation=evaluation, tracking=tracking
+        register_=register_,
+        generation=generation,
+        actor=actor,
+        reward=reward,
+        evaluation=evaluation,
+        tracking=tracking,
     )
-    previous = champion(register_.name, tracking.uri)
     outcomes = gate(_numbers(evaluation), register_.gate)
     _tag_verdict(register_.name, version, outcomes, tracking)
     if not all(outcome.passed for outcome in outcomes):
-        return Settled(version, previous, previous)
-    previous = promote(register_.name, version, tracking.uri, tracking.lock)
-    return Settled(version, previous, version)
+        present = champion(register_.name, tracking.uri)
+        return Settled(version, present, present)
+    return Settled(version, *promote(register_.name, version, outcomes, tracking.uri))
 
 
 def gate(metrics: Mapping[str, float], rules: config.Gate) -> list[Outcome]:
@@ -157,26 +165,27 @@ def gate(metrics: Mapping[str, float], rules: config.Gate) -> list[Outcome]:
     ]
 
 
-def check_name(name: str, tracking_uri: str) -> None:
-    """Refuse to register an Actor among versions of something else, before hours are spent.
+def check_names(register_: config.Register, tracking_uri: str) -> None:
+    """Refuse to register an Actor or a Reward among versions of something else, before hours are spent.
 
     Raises:
-        UserError: the name belongs to a prompt, or to models that this pipeline did not register.
+        UserError: a name belongs to a prompt, or to models that this pipeline did not register.
     """
     client = MlflowClient(tracking_uri)
-    strangers = [v.version for v in client.search_model_versions(f"name = '{name}'") if DIGEST not in v.tags]
-    if strangers:
-        found = f"a model whose version {strangers[0]} this pipeline did not register"
-    elif client.get_prompt(name):  # prompts and models share their names
-        found = "a prompt"
-    else:
-        return
-    raise UserError(f"register.name: {name!r} is {found} in the MLflow registry; choose another name")
+    for key, name, mark in (("name", register_.name, DIGEST), ("reward_name", register_.reward_name, REWARD_DIGEST)):
+        strangers = [v.version for v in client.search_model_versions(f"name = '{name}'") if mark not in v.tags]
+        if strangers:
+            found = f"a model whose version {strangers[0]} this pipeline did not register"
+        elif client.get_prompt(name):  # prompts and models share their names
+            found = "a prompt"
+        else:
+            continue
+        raise UserError(f"register.{key}: {name!r} is {found} in the MLflow registry; choose another name")
 
 
-def find_version(name: str, actor_digest: str, tracking_uri: str) -> int | None:
-    """The newest registered version of the Actor with this digest."""
-    query = f"name = '{name}' and tags.{DIGEST} = '{actor_digest}'"
+def find_version(name: str, digest: str, tracking_uri: str, tag: str = DIGEST) -> int | None:
+    """The newest registered version of what has this digest."""
+    query = f"name = '{name}' and tags.{tag} = '{digest}'"
     versions = MlflowClient(tracking_uri).search_model_versions(query)
     return max((int(version.version) for version in versions), default=None)
 
@@ -220,7 +229,7 @@ def find_registered(uri: str, tracking_uri: str) -> Registered:
     try:
         found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
     except MlflowException as error:
-        if error.error_code not in _ABSENT:
+        if error.error_code not in ABSENT:
             raise
         missing = f"no alias {alias}" if alias else f"no version {number}"
         raise UserError(f"{uri}: {_what_there_is(client, name, missing)}") from None
@@ -259,19 +268,19 @@ def _tag_verdict(name: str, version: int, outcomes: list[Outcome], tracking: Tra
 
 def champion(name: str, tracking_uri: str) -> int | None:
     """The version that `@champion` names."""
-    return _version_at(MlflowClient(tracking_uri), name, CHAMPION)
+    return version_at(MlflowClient(tracking_uri), name, CHAMPION)
 
 
-def promote(name: str, version: int, tracking_uri: str, lock_path: Path) -> int | None:
-    """Move `@champion` to a version. Returns the one it named before."""
-    client = MlflowClient(tracking_uri)
-    # Setting an alias has no compare-and-set: two processes that read, decide and write must take turns.
-    with _locked(lock_path):
-        previous = _version_at(client, name, CHAMPION)
-        if previous != version:
-            client.set_registered_model_alias(name, CHAMPION, str(version))
-            log.info("%s version %d is @%s now", name, version, CHAMPION)
-    return previous
+def promote(name: str, version: int, outcomes: list[Outcome], tracking_uri: str) -> tuple[int | None, int | None]:
+    """Move `@champion` to a version that passed the gate, once: what people moved away from does not come back by
+    itself. Returns the champion before and after."""
+    why = "the gate passed: " + ", ".join(f"{o.name} {o.found:.4g}, limit {o.limit:.4g}" for o in outcomes)
+
+    def decide(present: int | None, moves: list[Move]) -> Move | None:
+        been = {present} | {known for move in moves for known in (move.version, move.before)}
+        return None if version in been else Move(version, present, "gate", why)
+
+    return move_champion(name, tracking_uri, decide)
 
 
 def ensure_registered(
@@ -279,208 +288,65 @@ def ensure_registered(
     register_: config.Register,
     generation: config.Generation,
     actor: Path,
+    reward: Path,
     evaluation: Path,
     tracking: TrackingContext,
 ) -> int:
-    """The Actor's version: the one with its digest, else a new one. `@challenger` names the newest version."""
-    name, client = register_.name, MlflowClient(tracking.uri)
+    """The Actor's version: the one with its digest, else a new one. `@challenger` names the newest version.
+
+    The Reward that it was tuned with is registered before it, in the same way.
+    """
+    name, client, facts = register_.name, MlflowClient(tracking.uri), cache(tracking.facts)
     with _locked(tracking.lock):
+        judge = _ensure_reward(register_.reward_name, reward, facts, tracking)
         version = find_version(name, tracking.actor_digest, tracking.uri)
         if version is None:
             metrics = _numbers(evaluation)
-            card = model_card(name, generation, metrics, gate(metrics, register_.gate), tracking)
-            version = log_actor(actor, name=name, generation=generation, metrics=metrics, card=card, tracking=tracking)
+            card = actor_card(name, generation, gate(metrics, register_.gate), facts(), tracking)
+            version = log_model(
+                name,
+                "text-generation",
+                uri=tracking.uri,
+                run_id=tracking.run_id,
+                tags={**tracking.tags, TEMPLATE: facts().template, REWARD: judge, DIGEST: tracking.actor_digest},
+                params=generation.model_dump(),
+                metrics=metrics,
+                save=partial(save_actor, actor, generation=generation, card=card, facts=facts(), tracking=tracking),
+            )
             log.info("registered %s version %d", name, version)
-        if version > (_version_at(client, name, CHALLENGER) or 0):
+        if version > (version_at(client, name, CHALLENGER) or 0):
             client.set_registered_model_alias(name, CHALLENGER, str(version))
     return version
 
 
-def log_actor(
-    actor: Path,
-    *,
-    name: str,
-    generation: config.Generation,
-    metrics: Mapping[str, float],
-    card: str,
-    tracking: TrackingContext,
-) -> int:
-    """Log the Actor's folder as a model of the run, and register it as a new version, with tags. Returns the version.
-
-    What `mlflow.transformers.log_model` does, but with explicit ids: that function takes server and experiment from
-    globals that all threads share.
-
-    Args:
-        metrics: numbers that MLflow shows with the model.
-        card: the model card, as Markdown with a YAML header.
-    """
-    client = MlflowClient(tracking.uri)
-    tags = {key: str(value) for key, value in tracking.tags.items()} | {DIGEST: tracking.actor_digest}
-    experiment = client.get_run(tracking.run_id).info.experiment_id
-    params = {key: str(value) for key, value in generation.model_dump().items()}
-    logged = client.create_logged_model(experiment, name, tracking.run_id, tags, params, "text-generation")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            saved = Path(folder) / "model"
-            _save(actor, saved, generation, card, tracking, logged)
-            client.log_model_artifacts(logged.model_id, str(saved))
-    except BaseException:
-        client.finalize_logged_model(logged.model_id, "FAILED")
-        raise
-    client.finalize_logged_model(logged.model_id, "READY")
-    client.log_outputs(tracking.run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    now = time.time_ns() // 1_000_000
-    points = [Metric(key, value, now, 0, model_id=logged.model_id) for key, value in metrics.items()]
-    client.log_batch(tracking.run_id, metrics=points)
-    _ensure_model(client, name)
-    # The source `models:/m-…` would be looked up on the global server; the tag is the link that it would have made.
-    source, model_id = logged.artifact_location, logged.model_id
-    version = int(client.create_model_version(name, source, tracking.run_id, tags, model_id=model_id).version)
-    client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([{"name": name, "version": version}])})
-    return version
-
-
-def model_card(
-    name: str,
-    generation: config.Generation,
-    metrics: Mapping[str, float],
-    outcomes: list[Outcome],
-    tracking: TrackingContext,
-) -> str:
-    """The model card, as Markdown with a YAML header: how to use the Actor, how good it is, where it came from."""
-    rules = "\n".join(
-        f"| {o.name} | {o.found:.4g} | {o.limit:.4g} | {'passed' if o.passed else 'failed'} |" for o in outcomes
-    )
-    numbers = "\n".join(f"| {key} | {value:.4g} |" for key, value in sorted(metrics.items()))
-    lineage = "\n".join(f"| {key} | `{value}` |" for key, value in sorted(tracking.tags.items()))
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [rlhf, ppo]
----
-# {name}
-
-A language model tuned from human feedback: supervised fine-tuning, a reward model, PPO.
-
-```python
-import mlflow
-
-generate = mlflow.transformers.load_model("models:/{name}@champion")
-print(generate({tracking.example!r}, return_full_text=False))
-```
-
-It samples as it was trained: temperature {generation.temperature}, at most {generation.max_new_tokens} new tokens.
-
-| rule | found | limit | |
-|---|---|---|---|
-{rules}
-
-| evaluation | |
-|---|---|
-{numbers}
-
-| made from | |
-|---|---|
-| actor_digest | `{tracking.actor_digest}` |
-{lineage}
-"""
-
-
-def _save(
-    actor: Path, saved: Path, generation: config.Generation, card: str, tracking: TrackingContext, logged: Any
-) -> None:
-    """Write the folder that becomes the logged model's artifacts.
-
-    The Actor goes in as a path: nothing loads its weights, so neither memory nor a warning is spent on it.
-    """
-    import mlflow.transformers
-    from huggingface_hub import ModelCard
-    from mlflow.models import Model
-
-    settings = _generation_settings(actor, generation)
-    mlflow.transformers.save_model(
-        str(actor.resolve()),
-        str(saved),
-        task="text-generation",
-        signature=_signature(settings),
-        input_example=[tracking.example],
-        pip_requirements=_requirements(),
-        model_config={"return_full_text": False, "clean_up_tokenization_spaces": False},
-        model_card=ModelCard(card),
-        mlflow_model=Model(
-            artifact_path=logged.artifact_location,
-            model_uuid=logged.model_id,
-            model_id=logged.model_id,
+def _ensure_reward(name: str, reward: Path, gather: Callable[[], Facts], tracking: TrackingContext) -> str:
+    """The Reward's version, as `models:/NAME/VERSION`: the one with its digest, else a new one."""
+    digest = tracking.reward_digest
+    version = find_version(name, digest, tracking.uri, REWARD_DIGEST)
+    if version is None:
+        facts = gather()
+        tags = {k: v for k, v in tracking.tags.items() if not k.startswith(INPUT) or k.startswith(OF_REWARD)}
+        card = reward_card(name, digest, tracking.example, tags, facts)
+        version = log_model(
+            name,
+            "text-scoring",
+            uri=tracking.uri,
             run_id=tracking.run_id,
-        ),
-    )
-    # mlflow takes the folder for a Hub repository and writes where its licence should be looked for.
-    (saved / "LICENSE.txt").unlink(missing_ok=True)
-    config_path = saved / "model" / "generation_config.json"
-    config_path.unlink(missing_ok=True)  # a copy of a read-only file
-    config_path.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _generation_settings(actor: Path, generation: config.Generation) -> dict[str, Any]:
-    """A generation_config.json that samples as training did: the Actor's special tokens, our way of drawing.
-
-    `top_k: 0` must be said: left out, transformers cuts to the 50 likeliest tokens.
-    """
-    path = actor / "generation_config.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    settings = {name: value for name, value in found.items() if name.endswith("_token_id")}
-    if generation.stop is not None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(actor, local_files_only=True, trust_remote_code=False)
-        own = settings.get("eos_token_id", tokenizer.eos_token_id)
-        stop = tokenizer.encode(generation.stop, add_special_tokens=False)
-        settings["eos_token_id"] = sorted({*(own if isinstance(own, list) else [own]), *stop} - {None})
-    return settings | {
-        "do_sample": True,
-        "temperature": generation.temperature,
-        "top_k": generation.top_k or 0,
-        "top_p": 1.0 if generation.top_p is None else generation.top_p,
-        "max_new_tokens": generation.max_new_tokens,
-    }
-
-
-def _signature(settings: Mapping[str, Any]) -> ModelSignature:
-    """Text in, text out, and the generation parameters that a caller may set; without it MLflow ignores them."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-
-    kinds = {"max_new_tokens": "long", "do_sample": "boolean", "temperature": "double", "top_k": "long"}
-    params = [ParamSpec(name, kind, settings[name]) for name, kind in (kinds | {"top_p": "double"}).items()]
-    text = Schema([ColSpec("string")])
-    return ModelSignature(text, text, ParamSchema(params))
-
-
-def _requirements() -> list[str]:
-    """What serving the Actor needs, pinned; a local suffix such as `+cpu` is on no index."""
-    return [f"{library}=={installed_version(library).partition('+')[0]}" for library in ("torch", "transformers")]
-
-
-def _ensure_model(client: MlflowClient, name: str) -> None:
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
-def _version_at(client: MlflowClient, name: str, alias: str) -> int | None:
-    try:
-        return int(client.get_model_version_by_alias(name, alias).version)
-    except MlflowException as error:
-        if error.error_code in _ABSENT:
-            return None
-        raise
+            tags={**tags, TEMPLATE: facts.template, REWARD_DIGEST: digest},
+            params={},
+            metrics=_finite(facts.metrics.get("reward", {})),
+            save=partial(save_reward, reward, card=card, facts=facts, tracking=tracking),
+        )
+        log.info("registered %s version %d", name, version)
+    return f"models:/{name}/{version}"
 
 
 def _numbers(evaluation: Path) -> dict[str, float]:
     """The finite numbers at the top of a metrics file."""
-    document = json.loads(evaluation.read_text())
+    return _finite(json.loads(evaluation.read_text()))
+
+
+def _finite(document: Mapping[str, object]) -> dict[str, float]:
     numbers = {key: value for key, value in document.items() if isinstance(value, int | float)}
     return {key: float(value) for key, value in numbers.items() if not isinstance(value, bool) and math.isfinite(value)}
 

@@ -66,7 +66,9 @@ def test_runs_can_be_compared_and_lead_everywhere(finished: Project) -> None:
     assert tags["rlhf.dvc_lock"] == digest_file(finished.root / "dvc.lock")
     datasets = {entry.dataset.name: entry.dataset for entry in stages["sft"].inputs.dataset_inputs}
     assert json.loads(datasets["data/prepared/sft"].profile)["digest"].startswith(datasets["data/prepared/sft"].digest)
-    (model,) = client.search_logged_models(["1"])
+    models = {model.name: model for model in client.search_logged_models(["1"])}
+    assert models.keys() == {"rlhf-actor", "rlhf-reward"}
+    model = models["rlhf-actor"]
     linked = {metric.key: metric.value for metric in model.metrics}
     assert linked["kl_sequence"] == finished.metrics("evaluate")["kl_sequence"]
 
