@@ -6,18 +6,24 @@ known from names and settings, before any weight is read, so a wrong one costs s
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.gguf_file import alone, read_gguf
+from rlhf_tasks.limits import check_layer_count, positions
 
 if TYPE_CHECKING:
     from rlhf_tasks import config
 
 SCRATCH_POSITIONS = 2048
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+NOT_FOUND = (
+    "no such folder or file; expected `scratch`, a local Hugging Face folder, a .gguf file, or `owner/name` of the Hub "
+    "with its commit as `model.revision`"
+)
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt", "spiece.model")
 HUB_OTHERS = ("*/*", "consolidated*")  # the same weights in other forms
 
@@ -37,17 +43,15 @@ def find_base(model: config.Model, root: Path = Path()) -> Path | None:
         return _hub_folder(model.base, model.revision)
     path = root / model.base
     if not path.exists():
-        raise UserError(f"`model.base: {model.base}`: {not_found(model.base)}")
+        raise UserError(f"`model.base: {model.base}`: {NOT_FOUND}")
     if path.is_file():
         read_gguf(path)
     return path
 
 
-def not_found(base: str) -> str:
-    """What is wrong with a `model.base` that is no file or folder, and what to do."""
-    text = "no such folder or file; expected `scratch`, a local Hugging Face folder or a .gguf file"
-    hub = base.count("/") == 1 and not base.startswith((".", "/", "~"))
-    return f"{text}; a model of the Hub needs its commit as `model.revision` too" if hub else text
+def base_at_hand(model: config.Model, root: Path = Path()) -> Path | None:
+    """`find_base` without the network: None also for a model of the Hub that is not in the cache."""
+    return find_base(model, root) if model.revision is None else _cached(model.base, model.revision)
 
 
 def load_settings(base: Path) -> Any:
@@ -72,6 +76,8 @@ def load_settings(base: Path) -> Any:
         reason, what = " ".join(str(error).split())[:300], "model" if base.is_file() else "config.json"
         raise UserError(f"`model.base: {base}`: its {what} does not load: {reason}") from None
     _check_kind(base, settings)
+    _check_ends(base, settings)
+    _check_models(base, settings)
     return settings
 
 
@@ -92,17 +98,11 @@ def check_vocabulary(base: Path, rows: int, tokenizer: Any) -> None:
         )
 
 
-def positions(settings: Any) -> int | None:
-    """The most tokens that a model was made for, or None where it has no limit."""
-    found = getattr(settings.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
 def known_positions(model: config.Model, root: Path = Path()) -> int | None:
     """`positions` of the base, as far as is known without the network."""
     if model.base == "scratch":
         return SCRATCH_POSITIONS
-    base = find_base(model, root) if model.revision is None else _cached(model.base, model.revision)
+    base = base_at_hand(model, root)
     if base is None or base.is_dir():
         return positions(load_settings(base)) if base else None
     return read_gguf(base).positions  # transformers takes half a minute to say so
@@ -117,19 +117,16 @@ def check_layers(params: config.Params, root: Path = Path()) -> None:
     model, asked = params.model, {name: getattr(params, name).trainable_layers for name in ("reward", "ppo")}
     if not any(asked.values()):
         return
-    have: int | None = None
-    if model.base == "scratch":
-        have = model.scratch.layers
-    else:
-        base = find_base(model, root) if model.revision is None else _cached(model.base, model.revision)
-        if base and base.is_dir():  # of a GGUF file transformers takes half a minute to say so
-            have = load_settings(base).get_text_config().num_hidden_layers
+    have: int | None = model.scratch.layers
+    if model.base != "scratch":
+        base = base_at_hand(model, root)
+        if base and base.is_file():  # transformers takes half a minute to say so
+            have = read_gguf(base).layers
+        else:
+            have = load_settings(base).get_text_config().num_hidden_layers if base else None
     for name, count in asked.items():
-        if count and have and count >= have:
-            raise UserError(
-                f"{name}.trainable_layers: found {count}, but the model of `model.base: {model.base}` has {have} "
-                "layers; expected fewer than that, or null to train all of it"
-            )
+        if count and have:
+            check_layer_count(f"{name}.trainable_layers", count, have)
 
 
 def check_lengths(base: str, have: int | None, data: config.Data, max_new_tokens: int = 0) -> None:
@@ -236,6 +233,9 @@ def _check_kind(base: Path, settings: Any) -> None:
         raise UserError(f"{where}: found a model of images or sound ({kind}), {wanted}, of text alone")
     if kind not in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{where}: found a model that writes no text ({kind}), {wanted}")
+    layers = getattr(settings.get_text_config(), "num_hidden_layers", None)
+    if not isinstance(layers, int) or layers < 1:
+        raise UserError(f"{where}: found {layers} layers in its settings, expected at least 1")
     made_as, class_name = settings.architectures or [], known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
     if made_as and class_name.lower() not in [str(name).lower() for name in made_as]:
         raise UserError(f"{where}: config.json says {made_as[0]}, expected {class_name}: a base that writes text")
@@ -243,4 +243,51 @@ def _check_kind(base: Path, settings: Any) -> None:
         raise UserError(
             f"{where}: transformers has no sequence classifier of its kind ({kind}), so no Reward or Critic can be "
             "made of it; choose another base"
+        )
+
+
+def _check_ends(base: Path, settings: Any) -> None:
+    """See that what the base says ends a response are tokens of its vocabulary."""
+    where, rows, name = f"`model.base: {base}`", settings.get_text_config().vocab_size, "config.json"
+    if base.is_file():
+        said, name = read_gguf(base), base.name
+        found: Any = [number for use in ("eos", "eot") if (number := said.token_id(use)) is not None]
+    elif (path := base / "generation_config.json").exists():
+        name = path.name
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["eos_token_id"]
+        except KeyError:
+            return
+        except (OSError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{where}: its {name} does not load: {reason}; mend it, or delete it") from None
+    else:
+        found = settings.eos_token_id
+    for number in found if isinstance(found, list) else [found]:
+        if number is not None and (type(number) is not int or not 0 <= number < rows):
+            raise UserError(
+                f"{where}: found `eos_token_id: {json.dumps(found)}` in its {name}, expected the number of a token, "
+                f"0 to {rows - 1}, or a list of them; correct it there"
+            )
+
+
+def _check_models(base: Path, settings: Any) -> None:
+    """See, without weights, that the four models can be made: a trunk, and on it a head named `score`."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    where, asked = f"`model.base: {base}`", copy.deepcopy(settings)
+    try:
+        with torch.device("meta"):
+            scorer = AutoModelForSequenceClassification.from_config(asked)
+    except Exception as error:  # whatever the code of a kind raises at settings that it cannot use
+        reason = f"nothing is known there as {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(
+            f"{where}: transformers can make no {settings.model_type} of its settings: {reason[:300]}; expected those "
+            "that its weights were saved with"
+        ) from None
+    if not isinstance(getattr(scorer, "score", None), torch.nn.Linear) or not hasattr(scorer, scorer.base_model_prefix):
+        raise UserError(
+            f"{where}: {type(scorer).__name__} of transformers has no linear head `score` on one trunk, so no Reward "
+            "or Critic can be made of it; choose another base"
         )

@@ -14,8 +14,8 @@ import torch
 from rlhf_tasks.best_of import Draws, best_of
 from rlhf_tasks.data.batching import Batch
 from rlhf_tasks.data.tables import TokenColumn, read_table
-from rlhf_tasks.errors import UserError
 from rlhf_tasks.intervals import interval
+from rlhf_tasks.limits import check_heldout_prompts
 from rlhf_tasks.models import (
     load_actor,
     load_score_statistics,
@@ -105,11 +105,7 @@ def run(
 def heldout_prompts(prompts: Path, count: int, seed: int) -> list[list[int]]:
     """`count` held-out prompts, encoded, in an order that belongs to the seed."""
     column = TokenColumn(read_table(prompts / "heldout.arrow", ["input_ids"]), "input_ids")
-    if len(column) < count:
-        raise UserError(
-            f"evaluate.prompts: found {count}, but the data has only {len(column)} held-out prompts; "
-            "lower it, raise data.heldout, or add prompts"
-        )
+    check_heldout_prompts(count, len(column))
     return [list(column[i]) for i in permutation(len(column), seed, "evaluate", "prompts")[:count]]
 
 

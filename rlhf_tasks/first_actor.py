@@ -7,12 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from rlhf_tasks.base import SCRATCH_POSITIONS, check_vocabulary, find_base, load_settings
@@ -48,7 +43,7 @@ def new_actor(model: config.Model, tokenizer: Any, seed: int) -> Any:
         settings = load_settings(base)
         actor = _from_gguf(base, settings) if base.is_file() else load_actor(base, torch.device("cpu"))
         check_vocabulary(base, actor.get_input_embeddings().num_embeddings, tokenizer)
-        _check_scorer(base, actor.config)
+        _check_weights(base, actor)
         _give_row(actor, tokenizer)
         _check_forward(base, actor)
         return ready(actor, tokenizer)
@@ -96,15 +91,14 @@ def _from_gguf(path: Path, settings: Any) -> Any:
     return model.eval()
 
 
-def _check_scorer(base: Path, settings: Any) -> None:
-    """See, without weights, that Reward and Critic can be made: a trunk and a head named `score`."""
-    with torch.device("meta"):
-        scorer = AutoModelForSequenceClassification.from_config(settings)
-    if not isinstance(getattr(scorer, "score", None), torch.nn.Linear) or not hasattr(scorer, scorer.base_model_prefix):
-        raise UserError(
-            f"`model.base: {base}`: {type(scorer).__name__} of transformers has no linear head `score` on one trunk, "
-            "so no Reward or Critic can be made of it; choose another base"
-        )
+def _check_weights(base: Path, actor: Any) -> None:
+    """See that all weights are finite: one that is not can make none of all that the model says."""
+    for name, weight in actor.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(
+                f"`model.base: {base}`: {name} holds numbers that are not finite (NaN, infinity): its training "
+                "diverged, or the file is damaged; take an earlier checkpoint, or copy it again"
+            )
 
 
 def _give_row(actor: Any, tokenizer: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from rlhf_tasks.errors import UserError
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 MOST_DIMENSIONS = 4
+LAYER = re.compile(r"(?:^|\.)blk\.(\d+)\.")
 ALIGNMENT = 32
 STRING, ARRAY = 8, 9
 TOKENS, KINDS, CONTROL = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", 3
@@ -56,14 +58,24 @@ class Gguf:
     @property
     def positions(self) -> int | None:
         """The most tokens that the model was made for."""
-        return next((n for name, n in self.numbers.items() if name.endswith(".context_length")), None)
+        return self._of_model("context_length")
+
+    @property
+    def layers(self) -> int | None:
+        """How many layers the model has."""
+        return self._of_model("block_count")
+
+    def _of_model(self, name: str) -> int | None:
+        """A number that stands under the name of the architecture, whatever that is."""
+        return next((n for key, n in self.numbers.items() if key.endswith(f".{name}")), None)
 
 
 def read_gguf(path: Path) -> Gguf:
     """See that a file holds all that it says it does, and what it says.
 
     Raises:
-        UserError: it is no GGUF file, is cut, or counts what cannot be in it; or the package that reads it is missing.
+        UserError: it is no GGUF file, is cut, or holds other things than it counts; or the package that reads it is
+            missing.
     """
     try:
         from gguf.constants import GGML_QUANT_SIZES
@@ -71,8 +83,16 @@ def read_gguf(path: Path) -> Gguf:
         raise UserError(f"`model.base: {path}`: to read a GGUF file, `pip install gguf`") from None
     sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data).read(sizes)
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise UserError(
+                    f"`model.base: {path}`: no GGUF file, which begins with those letters; expected one, or the folder "
+                    "that holds a model's config.json, safetensors and tokenizer"
+                )
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Reader(data).read(sizes)
+    except UserError:
+        raise
     except (OSError, ValueError, struct.error) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -103,8 +123,7 @@ class _Reader:
         Args:
             sizes: weights and bytes of a block, by the number of a tensor's type.
         """
-        if self._take(4) != MAGIC:
-            raise ValueError("it does not begin with GGUF")
+        self._take(len(MAGIC))
         if (version := self._number("<I")) not in VERSIONS:
             raise ValueError(f"version {version}")
         tensors, fields = self._count(24), self._count(12)
@@ -121,17 +140,26 @@ class _Reader:
         found = [self._tensor(sizes) for _ in range(tensors)]
         alignment = max(1, numbers.get("general.alignment", ALIGNMENT))
         start = math.ceil(self.place / alignment) * alignment
-        layers = max((n for name, n in numbers.items() if name.endswith(".block_count")), default=0)
-        if layers > tensors:
-            raise ValueError(f"it says {layers:,} layers and holds {tensors:,} tensors")
-        end = max((start + offset + size for offset, size, _ in found), default=start)
+        self._check_layers(numbers, [name for name, *_ in found])
+        end = max((start + offset + size for _, offset, size, _ in found), default=start)
         if end > len(self.data):
             raise ValueError(f"its tensors end at byte {end:,}, the file at {len(self.data):,}")
         control = [token for token, kind in zip(lists[TOKENS], lists[KINDS], strict=False) if kind == CONTROL]
-        return Gguf(sum(elements for _, _, elements in found), numbers, lists[TOKENS], control)
+        return Gguf(sum(elements for *_, elements in found), numbers, lists[TOKENS], control)
 
-    def _tensor(self, sizes: dict[int, tuple[int, int]]) -> tuple[int, int, int]:
-        """Offset, bytes and weights of the next tensor."""
+    def _check_layers(self, numbers: Mapping[str, int], tensors: Sequence[str]) -> None:
+        """See that the tensors are those of as many layers as it counts: its readers take no notice of others."""
+        layers = max((n for name, n in numbers.items() if name.endswith(".block_count")), default=0)
+        if (parts := numbers.get("split.count", 1)) > 1:
+            raise ValueError(f"it is one of {parts} files of a model: `llama-gguf-split --merge` makes one of them")
+        if layers > len(tensors):
+            raise ValueError(f"it says {layers:,} layers and holds {len(tensors):,} tensors")
+        held = {int(found[1]) for name in tensors if (found := LAYER.search(name))}
+        if held != set(range(layers)):
+            raise ValueError(f"it says {layers:,} layers and holds the tensors of {len(held):,}")
+
+    def _tensor(self, sizes: dict[int, tuple[int, int]]) -> tuple[str, int, int, int]:
+        """Name, offset, bytes and weights of the next tensor."""
         name, rank = self._string().decode(errors="replace"), self._number("<I")
         if rank > MOST_DIMENSIONS:
             raise ValueError(f"the tensor {name[:60]} has {rank} dimensions")
@@ -140,7 +168,7 @@ class _Reader:
         if kind not in sizes:
             raise ValueError(f"the tensor {name[:60]} is of the unknown type {kind}")
         block, size = sizes[kind]
-        return offset, math.ceil(elements / block) * size, elements
+        return name, offset, math.ceil(elements / block) * size, elements
 
     def _skip_value(self, kind: int) -> None:
         if kind in SCALARS:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rlhf_tasks.base import not_found
+from rlhf_tasks.base import NOT_FOUND
 from rlhf_tasks.closure import PACKAGE, SOURCE_ROOT, foreign_sources, import_closure, libraries_of, user_closure
 from rlhf_tasks.config import Params, load_params
 from rlhf_tasks.data.files import source_files, watched_path
@@ -148,7 +148,7 @@ def check_sources(params: Params, root: Path, stages: list[Stage]) -> None:
             _refuse_own_outs(root, watched_path(path, root))
         for path in external_inputs(params, root, stage):
             if path == params.model.base and not (root / path).exists():
-                raise UserError(f"`model.base: {path}`: {not_found(path)}")
+                raise UserError(f"`model.base: {path}`: {NOT_FOUND}")
             _digest_input(root, path, stage)
         for path in stage.inputs.values():
             if path not in made and not (root / path).exists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 LEAST_OF_A_LAYER = 32  # weights
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 SCORE_STATISTICS = "score_statistics.json"
+#: names in a file that change nothing of what a model writes: buffers that old versions saved, and heads for values
+IDLE = re.compile(r"(?:inv_freq|masked_bias|position_ids)$|^(?:score|v_head|value_head)\.")
 
 
 def set_up_torch(runtime: config.Runtime) -> torch.device:
@@ -168,7 +171,9 @@ def stop_ids(model: Any, tokenizer: Any, stop: str | None) -> list[int]:
 
 
 def _load(kind: Any, folder: Path, new: tuple[str, ...] = (), **options: Any) -> Any:
-    """A model of a folder, which has every weight but those that are to be `new`: no other is made up silently."""
+    """A model of a folder. It has every weight but those that are to be `new`, in place of another head's; no other is
+    made up, or left out, silently.
+    """
     try:
         _check_settings(folder)
         model, found = kind.from_pretrained(
@@ -183,7 +188,7 @@ def _load(kind: Any, folder: Path, new: tuple[str, ...] = (), **options: Any) ->
         )
     except UserError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().split("\n")[0]
         raise UserError(
             f"{folder}: not a loadable {kind.__name__[9:]} folder with safetensors weights: {first}"
@@ -194,6 +199,11 @@ def _load(kind: Any, folder: Path, new: tuple[str, ...] = (), **options: Any) ->
     if missing := sorted(set(found["missing_keys"]) - set(new)):
         expected = f"expected all of its {type(model).__name__}"
         raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}; {expected}")
+    if unused := sorted(name for name in found["unexpected_keys"] if not new and not IDLE.search(name)):
+        raise UserError(
+            f"{folder}: {len(unused)} weights in its files are not of the {type(model).__name__} that its config.json "
+            f"describes, such as {unused[0]}; expected the config.json that they were saved with"
+        )
     return model
 
 

@@ -17,6 +17,7 @@ from rlhf_tasks.data.batching import Line, TokenRow
 from rlhf_tasks.data.tables import TokenColumn, read_table
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.forward import hidden_states
+from rlhf_tasks.limits import check_room, positions
 from rlhf_tasks.models import (
     SCORE_STATISTICS,
     load_actor,
@@ -79,7 +80,8 @@ def run(
     model = new_scorer(sft, tokenizer, seed, "reward", device)
     if reward.trainable_layers:
         freeze_trunk(model, reward.trainable_layers, "reward.trainable_layers")
-    _check_room(model, prompts, generation)
+    questions = TokenColumn(read_table(prompts / "train.arrow", ["input_ids"]), "input_ids")
+    check_room(int(questions.lengths().max()), generation.max_new_tokens, positions(model.config))
     train, heldout = (Pairs(pairs / f"{split}.arrow") for split in ("train", "heldout"))
 
     def learn(batch: list[int]) -> dict[str, float]:
@@ -176,21 +178,6 @@ def wilson_interval(successes: float, count: int, z: float = 1.959964) -> tuple[
     center = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
     return center - half, center + half
-
-
-def _check_room(model: Any, prompts: Path, generation: config.Generation) -> None:
-    """See, before anything is trained on it, that the longest prompt leaves room for the longest answer.
-
-    Raises:
-        UserError: a model with positions by number would fail, one with rotary ones answer beyond what it has learned.
-    """
-    longest = int(TokenColumn(read_table(prompts / "train.arrow", ["input_ids"]), "input_ids").lengths().max())
-    have = getattr(model.config, "max_position_embeddings", None)
-    if have is not None and longest + generation.max_new_tokens > have:
-        raise UserError(
-            f"generation.max_new_tokens: {generation.max_new_tokens} after a prompt of {longest} tokens, but the model "
-            f"has {have} positions; lower it, or data.max_prompt_tokens"
-        )
 
 
 @torch.no_grad()

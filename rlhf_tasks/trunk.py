@@ -15,6 +15,7 @@ from torch.nn import Module, ModuleList, Parameter
 from rlhf_tasks.data.batching import Line
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.forward import hidden_and_trunk_states, hidden_states, make_trunk
+from rlhf_tasks.limits import check_layer_count
 
 FROZEN = "frozen_names"  # an attribute of a model
 PROBE = [1, 2, 3]
@@ -34,19 +35,15 @@ def freeze_trunk(model: Any, trainable_layers: int, where: str) -> Any:
     """
     try:
         layers = _layers(model)
-        if trainable_layers >= len(layers):
-            raise UserError(
-                f"{where}: found {trainable_layers}, but the model has {len(layers)} layers; expected fewer than that, "
-                "or null to train all of it"
-            )
+        check_layer_count(where, trainable_layers, len(layers))
         make_trunk(layers[: len(layers) - trainable_layers])
-        learning = _above_the_cut(model)
+        above = _above_the_cut(model)
     except UserError:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise UserError(f"{where}: {model.config.model_type} models cannot be cut between layers: {reason}") from None
-    names = {name for name, weight in model.named_parameters() if id(weight) not in learning}
+    names = {name for name, weight in model.named_parameters() if id(weight) not in above}
     for name in names:
         model.get_parameter(name).requires_grad_(False)
     setattr(model, FROZEN, frozenset(names))

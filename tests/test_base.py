@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shapes import write_shape
+from shapes import SHAPES, write_shape
 from transformers import (
     BertConfig,
     CLIPConfig,
@@ -24,11 +24,13 @@ from transformers import (
 )
 
 from rlhf_tasks import config, keying
-from rlhf_tasks.base import check_layers, check_lengths, find_base, known_positions, load_settings, positions
+from rlhf_tasks.base import check_layers, check_lengths, find_base, known_positions, load_settings
 from rlhf_tasks.config import parse_params
 from rlhf_tasks.data import prepare
+from rlhf_tasks.data.encoding import load_tokenizer as load_base_tokenizer
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.first_actor import new_actor
+from rlhf_tasks.limits import positions
 from rlhf_tasks.models import load_tokenizer
 from rlhf_tasks.stages import STAGES
 from rlhf_tasks.workspace import Workspace
@@ -60,6 +62,27 @@ def settings(**changes: Any) -> Change:
     return change
 
 
+def generation(**changes: Any) -> Change:
+    """Spoils generation_config.json."""
+
+    def change(base: Path) -> None:
+        path = base / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def weights(**changes: torch.Tensor) -> Change:
+    """Puts tensors, by their names with `__` for the dots, into the file of weights."""
+
+    def change(base: Path) -> None:
+        path = base / "model.safetensors"
+        tensors = load_file(path) | {name.replace("__", "."): tensor for name, tensor in changes.items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return change
+
+
 def of_kind(kind: Any) -> Change:
     return lambda base: kind().save_pretrained(base)
 
@@ -87,6 +110,11 @@ def more_tokens(base: Path) -> None:
 
 def sequence_classifier(base: Path) -> None:
     settings(architectures=["LlamaForSequenceClassification"])(base)
+
+
+def eos_in_config(base: Path) -> None:
+    settings(eos_token_id=293)(base)
+    (base / "generation_config.json").unlink()
 
 
 REFUSED: dict[str, tuple[Change, str]] = {
@@ -132,6 +160,21 @@ REFUSED: dict[str, tuple[Change, str]] = {
         settings(model_type="qwen2", num_hidden_layers=2_000_000_000),
         r"found 2,000,000,000 layers in config\.json, but \d+,\d+ bytes of weights",
     ),
+    "no layers": (settings(num_hidden_layers=0), r"found 0 layers in its settings, expected at least 1"),
+    "an activation that nobody knows": (
+        settings(hidden_act="nope"),
+        r"transformers can make no llama of its settings: nothing is known there as 'nope'; expected those",
+    ),
+    "an EOS as text": (
+        generation(eos_token_id="</s>"),
+        r"found `eos_token_id: \"</s>\"` in its generation_config\.json, expected the number of a token, 0 to 292, or",
+    ),
+    "an EOS that is no token": (generation(eos_token_id=[1, 99999]), r"found `eos_token_id: \[1, 99999\]` in its gen"),
+    "an EOS that is no token, of old": (eos_in_config, r"found `eos_token_id: 293` in its config\.json"),
+    "generation settings that are cut": (
+        lambda base: (base / "generation_config.json").write_text("{"),
+        r"its generation_config\.json does not load: .*; mend it, or delete it",
+    ),
     "a kind that nobody knows": (settings(model_type="evil", auto_map={"AutoConfig": "evil.C"}), r"does not load: "),
     "few positions": (
         settings(max_position_embeddings=50),
@@ -165,6 +208,50 @@ def test_weights_that_do_not_fit_are_refused_before_sft(base: Path) -> None:
         UserError, match=r"base: lm_head\.weight is \[290, 32\] in its file, but \[293, 32\] by its config\.json"
     ):
         new_actor(config.Model(base=str(base)), words, 0)
+
+
+NAN, INFINITE = torch.full((293, 32), torch.nan), torch.full((32,), torch.inf)
+SPOILT: dict[str, tuple[Change, str]] = {
+    "fewer layers than weights": (
+        settings(num_hidden_layers=1),
+        r"9 weights in its files are not of the LlamaForCausalLM that its config\.json describes, such as model\.layers"
+        r"\.1\.input_layernorm\.weight; expected the config\.json that they were saved with",
+    ),
+    "a weight of another model": (weights(model__mtp__weight=torch.ones(2)), r"1 weights .*, such as model\.mtp\.wei"),
+    "not a number": (weights(lm_head__weight=NAN), r"lm_head\.weight holds numbers that are not finite"),
+    "infinite": (weights(model__norm__weight=INFINITE), r"model\.norm\.weight holds numbers that are not finite"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_weights_that_no_model_can_be_made_of_are_refused_before_sft(base: Path, what: str) -> None:
+    spoil, message = SPOILT[what]
+    words = load_tokenizer(base)
+    words.add_special_tokens({"pad_token": "<pad>"})
+    spoil(base)
+    with pytest.raises(UserError, match=message):
+        new_actor(config.Model(base=str(base)), words, 0)
+
+
+def test_what_changes_nothing_of_what_a_model_writes_may_lie_beside_its_weights(base: Path) -> None:
+    """Buffers of earlier versions, and the head of a scorer or a critic."""
+    words = load_tokenizer(base)
+    words.add_special_tokens({"pad_token": "<pad>"})
+    before = new_actor(config.Model(base=str(base)), words, 0).state_dict()
+    idle = ("model.layers.0.self_attn.rotary_emb.inv_freq", "transformer.h.0.attn.masked_bias", "score.weight")
+    idle += ("v_head.summary.weight", "value_head.weight")
+    weights(**{name: torch.ones(2) for name in idle})(base)
+    after = new_actor(config.Model(base=str(base)), words, 0).state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape.tied])
+def test_a_head_that_is_tied_may_stand_in_the_file(tmp_path: Path, name: str) -> None:
+    own = write_shape(name, tmp_path / "base")
+    words = load_base_tokenizer(tmp_path / "base")
+    weights(lm_head__weight=own.get_input_embeddings().weight.detach().clone())(tmp_path / "base")
+    actor = new_actor(config.Model(base=str(tmp_path / "base")), words, 0)
+    assert actor.get_output_embeddings().weight is actor.get_input_embeddings().weight
 
 
 def test_a_tokenizer_of_another_model_is_refused_before_sft(base: Path) -> None:
@@ -211,13 +298,15 @@ def test_the_reward_looks_at_the_longest_prompt_before_it_trains(
 
 
 def test_a_base_that_is_not_there_is_told_before_anything_runs(sketch: Workspace) -> None:
-    for base, said in {
-        "no/such/folder": "no such folder or file; expected `scratch`, a local Hugging Face folder or a .gguf file$",
-        "owner/name": "no such folder or file; .* a model of the Hub needs its commit as `model.revision` too$",
-    }.items():
-        params = sketch.params.model_copy(update={"model": config.Model(base=base)})
+    said = (
+        "no such folder or file; expected `scratch`, .* folder, a .gguf file, or `owner/name` of the Hub with its com"
+    )
+    for base in ("no/such/folder", "owner/name", "gpt2"):
+        model = config.Model(base=base)
         with pytest.raises(UserError, match=rf"^`model\.base: {base}`: {said}"):
-            keying.check_sources(params, sketch.root, [STAGES["prepare"]])
+            keying.check_sources(sketch.params.model_copy(update={"model": model}), sketch.root, [STAGES["prepare"]])
+        with pytest.raises(UserError, match=rf"^`model\.base: {base}`: {said}"):
+            find_base(model)
 
 
 def test_config_is_the_only_text_of_a_llama_here(llama: Path) -> None:
@@ -237,6 +326,6 @@ def test_layers_that_learn_must_leave_some_below(
     if named is None:
         check_layers(params, tmp_path)
         return
-    text = rf"{named}\.trainable_layers: found 2, but the model of `model\.base: {base}` has 2 layers; expected fewer"
+    text = rf"{named}\.trainable_layers: found 2, but the model has 2 layers; expected fewer than that"
     with pytest.raises(UserError, match=text):
         check_layers(params, tmp_path)

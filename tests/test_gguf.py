@@ -17,7 +17,7 @@ from shapes import CHATML, SHAPES, write_shape
 from transformers import AutoTokenizer
 
 from rlhf_tasks import config, keying
-from rlhf_tasks.base import find_base, known_positions, load_settings
+from rlhf_tasks.base import check_layers, find_base, known_positions, load_settings
 from rlhf_tasks.data.encoding import encode_prompt, encode_response, load_tokenizer
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.first_actor import new_actor
@@ -179,8 +179,6 @@ def header(tensors: int = 0, fields: int = 0, version: int = 3) -> bytes:
 
 HUGE = 2**62
 HOSTILE: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", r"not a whole GGUF file \(cannot mmap an empty file"),
-    "a pickle": (b"\x80\x04" + b"x" * 90, r"it does not begin with GGUF"),
     "version 1": (header(version=1), r"version 1\); expected version 2 or 3"),
     "tensors without end": (header(tensors=HUGE) + b"\0" * 99, r"it counts 4,611,686,018,427,387,904 at byte 16"),
     "fields without end": (header(fields=HUGE) + b"\0" * 99, r"it counts 4,611,686,018,427,387,904 at byte 24"),
@@ -221,15 +219,59 @@ def test_a_file_that_is_cut_anywhere_is_a_sentence(pair: tuple[str, Path, Path],
             read_gguf(path)
 
 
-def test_more_layers_than_tensors_are_a_sentence(pair: tuple[str, Path, Path], tmp_path: Path) -> None:
-    """Before a model of 2,000,000,000 layers is made of a file of 100 KB, or a list of them."""
-    name, _, path = pair
-    key, content = string(f"{name}.block_count"), path.read_bytes()
-    at = content.index(key) + len(key) + 4
-    large = tmp_path / "large.gguf"
-    large.write_bytes(content[:at] + struct.pack("<I", 2_000_000_000) + content[at + 4 :])
-    with pytest.raises(UserError, match=r"it says 2,000,000,000 layers and holds \d+ tensors"):
-        find_base(config.Model(base=str(large)))
+@pytest.mark.parametrize("content", [b"", b"GG", b"\x80\x04" + b"x" * 90, b"{}"])
+def test_a_file_of_another_kind_is_a_sentence(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"safetensors`: no GGUF file, .*; expected one, or the folder that holds a mod"
+    ):
+        find_base(config.Model(base=str(path)))
+
+
+def with_number(path: Path, key: str, number: int) -> bytes:
+    """A file's content with another number under a key of its metadata."""
+    name, content = string(key), path.read_bytes()
+    at = content.index(name) + len(name) + 4
+    return content[:at] + struct.pack("<I", number) + content[at + 4 :]
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        (2_000_000_000, r"it says 2,000,000,000 layers and holds \d+ tensors"),  # before a list of them is made
+        (1, r"it says 1 layers and holds the tensors of 2\)"),
+        (3, r"it says 3 layers and holds the tensors of 2\)"),
+        (0, r"it says 0 layers and holds the tensors of 2\)"),
+    ],
+)
+def test_other_layers_than_it_says_are_a_sentence(
+    pair: tuple[str, Path, Path], tmp_path: Path, layers: int, said: str
+) -> None:
+    other = tmp_path / "other.gguf"
+    other.write_bytes(with_number(pair[2], f"{pair[0]}.block_count", layers))
+    with pytest.raises(UserError, match=said):
+        find_base(config.Model(base=str(other)))
+
+
+def test_one_part_of_a_model_is_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "own-00001-of-00003.gguf"
+    path.write_bytes(header(fields=1) + string("split.count") + struct.pack("<IH", 2, 3) + b"\0" * 99)
+    with pytest.raises(UserError, match=r"it is one of 3 files of a model: `llama-gguf-split --merge` makes one of th"):
+        find_base(config.Model(base=str(path)))
+
+
+def test_an_eos_that_is_no_token_is_a_sentence(pair: tuple[str, Path, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    other.write_bytes(with_number(pair[2], "tokenizer.ggml.eos_token_id", 99999))
+    with pytest.raises(UserError, match=r"`eos_token_id: \[99999(, \d+)?\]` in its other\.gguf, expected the number"):
+        load_settings(other)
+
+
+def test_too_many_layers_to_learn_are_known_without_loading_it(workspace: Any, pair: tuple[str, Path, Path]) -> None:
+    params = workspace(f"model.base={pair[2]}", "reward.trainable_layers=2").params
+    with pytest.raises(UserError, match=r"reward\.trainable_layers: found 2, but the model has 2 layers"):
+        check_layers(params)
 
 
 def test_without_the_package_it_is_named(pair: tuple[str, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

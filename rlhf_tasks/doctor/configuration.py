@@ -9,11 +9,12 @@ import torch
 from transformers import AutoConfig
 
 from rlhf_tasks import engine, keying, versioning
-from rlhf_tasks.base import check_lengths, known_positions, positions
+from rlhf_tasks.base import check_lengths, known_positions
 from rlhf_tasks.config import Params
 from rlhf_tasks.data.tables import TokenColumn, read_table
 from rlhf_tasks.doctor.finding import Finding
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.limits import positions
 from rlhf_tasks.reward_function import try_reward_function
 from rlhf_tasks.stages import STAGES, Stage
 from rlhf_tasks.workspace import Workspace
