@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,12 +13,12 @@ from flows import environment
 from flows.run import Stopped, run_here
 from flows.server import forced_by_dvc
 from rlhf_tasks.closure import SOURCE_ROOT
-from rlhf_tasks.config import Params, load_params, parse_assignments, set_params
+from rlhf_tasks.config import changed_params, load_params, parse_assignments, set_params
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.keying import check_sources
 from rlhf_tasks.presets import PRESETS, preset_values
 from rlhf_tasks.profiles import use_profile
-from rlhf_tasks.stages import STAGES, Stage, stages_between
+from rlhf_tasks.stages import STAGES, stages_between
 from rlhf_tasks.workspace import alone, state_folder
 
 STAGE_NAMES = ", ".join(STAGES)
@@ -58,6 +58,10 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Write a parameter into params.yaml first, e.g. ppo.kl.coef=0.2."),
 ]
+SetForNow = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="As if params.yaml said so; it is left as it is."),
+]
 
 
 @app.command()
@@ -69,10 +73,11 @@ def run(
 ) -> None:
     """Run the pipeline: every stage that is out of date, and nothing else."""
     root = Path.cwd()
-    stages = stages_between(start, until)
-    params = _params(root, stages, set_ or [])
+    stages, values = stages_between(start, until), parse_assignments(set_ or [])
+    params = changed_params(root / "params.yaml", values)  # looked at before anything slow is imported
+    check_sources(params, root, stages)
     environment.configure_prefect(state_folder(root))
-    run_here(root, start, until, refresh=refresh)
+    run_here(root, start, until, values, refresh=refresh)
     from flows.console import say_report
     from rlhf_tasks.report import make_report
 
@@ -84,7 +89,7 @@ def run(
 def stage(name: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {STAGE_NAMES}.")]) -> None:
     """Run one stage, on what the earlier ones left. This is what `dvc repro` calls."""
     root = Path.cwd()
-    _params(root, stages_between(name, name), [])
+    check_sources(load_params(root / "params.yaml"), root, stages_between(name, name))
     environment.configure_prefect(state_folder(root))
     run_here(root, name, name, refresh=forced_by_dvc())
 
@@ -92,7 +97,11 @@ def stage(name: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {ST
 @app.command()
 def preset(name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(PRESETS)}.")]) -> None:
     """Write a known convention of PPO into params.yaml (docs/presets.md), and say what changed."""
-    _write(Path.cwd(), preset_values(name), [])
+    root, values = Path.cwd(), preset_values(name)
+    with alone(root):  # another run in this checkout would go on with what is written here
+        changes = set_params(root / "params.yaml", values)
+    for change in changes:
+        print(f"params.yaml: {change}")
 
 
 @app.command()
@@ -183,11 +192,12 @@ def rollback(why: Why) -> None:
 @app.command()
 def plan(
     gpu: Annotated[str, typer.Option(metavar="GPU", help="On a GPU, such as H100, 2xA100 or 1x24GB.")] = "",
+    set_: SetForNow = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Say what the configuration needs before it is run: weights, memory, work and time of every part."""
     root = Path.cwd()
-    params = load_params(root / "params.yaml")
+    params = changed_params(root / "params.yaml", parse_assignments(set_ or []))
     from flows.plan import say_plan
 
     say_plan(root, params, gpu, as_json=as_json)
@@ -251,23 +261,6 @@ def _run_this_checkout() -> None:
     here = Path.cwd()
     if (here / "rlhf_tasks").is_dir() and not here.samefile(SOURCE_ROOT) and not sys.flags.safe_path:
         os.execv(sys.executable, [sys.executable, "-m", "flows.cli", *sys.argv[1:]])
-
-
-def _params(root: Path, stages: list[Stage], assignments: list[str]) -> Params:
-    """Check params.yaml before anything slow is imported, and write the assignments into it if it is then right."""
-    if assignments:
-        _write(root, parse_assignments(assignments), stages)
-    params = load_params(root / "params.yaml")
-    check_sources(params, root, stages)
-    return params
-
-
-def _write(root: Path, values: dict[str, Any], stages: list[Stage]) -> None:
-    load_params(root / "params.yaml")
-    with alone(root):  # another run in this checkout would go on with what is written here
-        changes = set_params(root / "params.yaml", values, lambda new: check_sources(new, root, stages))
-    for change in changes:
-        print(f"params.yaml: {change}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +15,7 @@ from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
+from rich.markup import escape
 
 from flows.artifacts import publish_origin, publish_report
 from flows.console import console, say_settled, say_stage
@@ -22,8 +23,8 @@ from flows.hooks import say_where_to_look
 from flows.record import Record, StageRecord
 from flows.tasks import Orders, run_ppo, run_stage, show_cached
 from rlhf_tasks import chain, engine, keying, versioning
-from rlhf_tasks.base import check_layers, check_lengths, known_positions
-from rlhf_tasks.config import load_params, set_params
+from rlhf_tasks.ahead import check_before, check_preparable, check_prepared, high_rates
+from rlhf_tasks.config import Params, load_params, set_params
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.keying import Job
 from rlhf_tasks.report import headline, make_report
@@ -65,7 +66,8 @@ def rlhf_pipeline(
     Args:
         start: the first stage: prepare, sft, reward, ppo, evaluate or register.
         until: the last stage.
-        params: written into the checkout's params.yaml first, by dotted key: `{"ppo.kl.coef": 0.2}`.
+        params: written into the checkout's params.yaml first, by dotted key, `{"ppo.kl.coef": 0.2}`; all of them, or
+            none if the run is refused before it begins.
         refresh: do all of the work again, whatever is stored.
         timeout_minutes: give up then; what is finished is kept, and a retry goes on from there.
 
@@ -76,10 +78,10 @@ def rlhf_pipeline(
     if timeout_minutes is not None and not timeout_minutes > 0:
         raise UserError(f"timeout_minutes: found {timeout_minutes}, expected more than 0, or null for no limit")
     orders = Orders(refresh, time.monotonic() + 60 * timeout_minutes if timeout_minutes else None)
-    with alone(root), full_disk_is_a_sentence(root):
+    with alone(root), full_disk_is_a_sentence(root), put_back_unless_begun(root, params or {}) as begin:
         bring_checkout_up_to_date(root, params or {}, stages)
         try:
-            return run_stages(root, stages, orders)
+            return run_stages(root, stages, orders, begin)
         except TimeoutError:
             if not orders.over():
                 raise
@@ -89,6 +91,31 @@ def rlhf_pipeline(
             ) from None
 
 
+@contextmanager
+def put_back_unless_begun(root: Path, params: dict[str, Any]) -> Iterator[Callable[[], object]]:
+    """Have a run that is refused before it begins leave params.yaml, and dvc.yaml with it, as they were.
+
+    Args:
+        params: what is written there; where that is nothing, nothing is put back.
+
+    Yields:
+        What is to be called when the run begins.
+    """
+    with ExitStack() as undo:
+        for path in (root / "params.yaml", root / "dvc.yaml") if params else ():
+            if path.exists():
+                undo.callback(_put_back, path, path.read_bytes())
+        yield undo.pop_all
+
+
+def _put_back(path: Path, content: bytes) -> None:
+    if path.read_bytes() != content:
+        old = path.with_name(path.name + ".old")
+        old.write_bytes(content)
+        old.replace(path)
+        console.print(f"{path.name}: put back as it was")
+
+
 def bring_checkout_up_to_date(root: Path, params: dict[str, Any], stages: list[Stage]) -> None:
     """Write parameters into params.yaml, and keep dvc.yaml true: its deps follow params.yaml and the code.
 
@@ -96,18 +123,18 @@ def bring_checkout_up_to_date(root: Path, params: dict[str, Any], stages: list[S
         UserError: a parameter, or a source or function that it names, is wrong; or DVC is running this stage from a
             dvc.yaml that is out of date.
     """
-    for change in set_params(root / "params.yaml", params):
+
+    def check(new: Params) -> None:
+        check_before(new, root, stages)
+        if params:  # else there is nothing that need not be written, and `prepare` says it itself
+            check_preparable(new, stages)
+
+    for change in set_params(root / "params.yaml", params, check):
+        console.print(escape(f"params.yaml: {change}"), soft_wrap=True)
         log.info("params.yaml: %s", change)
     settings = load_params(root / "params.yaml")
-    keying.check_sources(settings, root, stages)
-    check_layers(settings)
-    if STAGES["sft"] in stages:
-        have = known_positions(settings.model)  # relative, as everything that a run says
-        check_lengths(settings.model.base, have, settings.data, settings.generation.max_new_tokens)
-    if settings.reward_function.name and STAGES["ppo"] in stages:
-        from rlhf_tasks.reward_function import try_reward_function  # which imports torch
-
-        try_reward_function(settings.reward_function)
+    if warning := high_rates(settings):
+        log.warning("%s", warning)
     if not versioning.update_pipeline(root, settings):
         return
     if versioning.inside_stage():
@@ -118,15 +145,23 @@ def bring_checkout_up_to_date(root: Path, params: dict[str, Any], stages: list[S
     console.print("dvc.yaml: brought up to date with params.yaml and the code")
 
 
-def run_stages(root: Path, stages: list[Stage], orders: Orders) -> dict[str, Any]:
-    """Bring the stages up to date, in order, recording each with DVC and MLflow as soon as it is finished."""
+def run_stages(root: Path, stages: list[Stage], orders: Orders, begin: Callable[[], object]) -> dict[str, Any]:
+    """Bring the stages up to date, in order, recording each with DVC and MLflow as soon as it is finished.
+
+    Args:
+        begin: called when nothing speaks against it any more.
+    """
     workspace = Workspace(root, load_params(root / "params.yaml"))
     outdated = set(STAGES) if versioning.inside_stage() else versioning.outdated_stages(root)
     if not versioning.inside_stage():
         refuse_stale_inputs(stages, outdated)
+    prepared = STAGES["prepare"] not in stages or not (orders.refresh or "prepare" in outdated)
+    if prepared:
+        check_prepared(workspace.params, root, stages)
     # A retry goes on: what its first attempt did again need not be done a third time.
     before = forget_results(workspace, stages) if orders.refresh and flow_run.run_count == 1 else {}
     with Record.open(workspace, stages) as record:
+        begin()
         publish_origin(record.origin())
         done, untouched = {}, True
         for stage in stages:
@@ -143,6 +178,8 @@ def run_stages(root: Path, stages: list[Stage], orders: Orders) -> dict[str, Any
                     stage_record.settle()
                     say_settled(workspace.params.register_.name, stage_record.settled)
                 done[stage.name] = asdict(entry.ref)
+                if stage.name == "prepare" and not prepared:
+                    check_prepared(workspace.params, root, stages)
         if stages[-1].name in ("evaluate", "register"):
             publish_report(make_report(root, workspace.params.evaluate.examples, stages[-1].name))
         publish_origin(record.origin())  # once more: dvc.lock is another now

@@ -6,6 +6,7 @@ import importlib
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 from flows.console import console, quiet_prefect
 from flows.server import close_dead_flow_runs, owner_tag, server
@@ -17,8 +18,13 @@ class Stopped(Exception):
     """The run was interrupted, by Ctrl-C or a signal to end."""
 
 
-def run_here(root: Path, start: str, until: str, *, refresh: bool = False) -> None:
+def run_here(
+    root: Path, start: str, until: str, params: dict[str, Any] | None = None, *, refresh: bool = False
+) -> None:
     """Run the pipeline's flow in this checkout, and wait for it.
+
+    Args:
+        params: written into params.yaml first, by dotted key.
 
     Raises:
         UserError: what a user can mend.
@@ -32,12 +38,12 @@ def run_here(root: Path, start: str, until: str, *, refresh: bool = False) -> No
         "[dim]setting up Prefect's database: once, about 20 s[/dim]" if new else "[dim]starting: some seconds[/dim]"
     )
     try:
-        _run_on_a_server(root, start, until, refresh)
+        _run_on_a_server(root, start, until, params or None, refresh)
     except KeyboardInterrupt:  # before the flow began
         raise Stopped from None
 
 
-def _run_on_a_server(root: Path, start: str, until: str, refresh: bool) -> None:
+def _run_on_a_server(root: Path, start: str, until: str, params: dict[str, Any] | None, refresh: bool) -> None:
     with server(state_folder(root), meanwhile=lambda: importlib.import_module("flows.pipeline")):
         from prefect import tags
 
@@ -48,6 +54,6 @@ def _run_on_a_server(root: Path, start: str, until: str, refresh: bool) -> None:
         quiet_prefect()
         with tags(owner_tag()):
             try:
-                rlhf_pipeline(start, until, refresh=refresh)
+                rlhf_pipeline(start, until, params, refresh=refresh)
             except INTERRUPTS:
                 raise Stopped from None

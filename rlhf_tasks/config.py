@@ -413,6 +413,17 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     return values
 
 
+def changed_params(path: Path, values: Mapping[str, Any]) -> Params:
+    """What params.yaml would say with values by their dotted keys; nothing is written.
+
+    Raises:
+        UserError: it would not be valid.
+    """
+    document = _read_yaml(path)
+    _put(document, values, path.name)
+    return parse_params(document, path.name)
+
+
 def set_params(
     path: Path, values: Mapping[str, Any], check: Callable[[Params], None] = lambda params: None
 ) -> list[str]:
@@ -427,18 +438,8 @@ def set_params(
     Raises:
         UserError: the changed file would not be valid; it is then left as it was.
     """
-    if not values:
-        return []
-    document, yaml, changes = _read_yaml(path), YAML(), []
-    for key, value in values.items():
-        parts, node = key.split("."), document
-        for part in parts[:-1]:
-            node = node.setdefault(part, {}) if isinstance(node, dict) else None
-        if not isinstance(node, dict):
-            raise UserError(f"{path.name}: cannot set `{key}`, which is inside a plain value; expected a section's key")
-        if parts[-1] not in node or node[parts[-1]] != value:
-            changes.append(f"{key}: {as_yaml(node.get(parts[-1]))} -> {as_yaml(value)}")
-        node[parts[-1]] = value
+    document, yaml = _read_yaml(path), YAML()
+    changes = _put(document, values, path.name)
     check(parse_params(document, path.name))
     if changes:
         buffer = io.StringIO()
@@ -452,9 +453,45 @@ def set_params(
     return changes
 
 
+def _put(document: Any, values: Mapping[str, Any], name: str) -> list[str]:
+    """Put values into a loaded params.yaml by their dotted keys, of lists by index. Returns what changed."""
+    changes = []
+    for key, value in values.items():
+        *outer, last = key.split(".")
+        node = document
+        for part in outer:
+            if isinstance(node, dict):
+                node.setdefault(part, {})
+            node = node[_place(node, part, key, name)]
+        place = _place(node, last, key, name)
+        old = node.get(place) if isinstance(node, dict) else node[place]
+        if old != value or (isinstance(node, dict) and place not in node):
+            changes.append(f"{key}: {as_yaml(old)} -> {as_yaml(value)}")
+        node[place] = value
+    return changes
+
+
+def _place(node: Any, part: str, key: str, name: str) -> str | int:
+    """What a part of a dotted key names in a section or a list.
+
+    Raises:
+        UserError: the list has no such entry, or it is neither.
+    """
+    if isinstance(node, dict):
+        return part
+    if not isinstance(node, list):
+        raise UserError(f"{name}: cannot set `{key}`, which is inside a plain value; expected a section's key")
+    if not (part.isdecimal() and int(part) < len(node)):
+        raise UserError(
+            f"{name}: cannot set `{key}`: found {part!r} for an entry of a list that has {len(node)}; expected its "
+            "number, counted from 0"
+        )
+    return int(part)
+
+
 def as_yaml(value: Any) -> str:
     """A value as params.yaml spells it, on one line."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def flatten(params: Params) -> dict[str, Any]:

@@ -46,13 +46,22 @@ def set_up_torch(runtime: config.Runtime) -> torch.device:
     Raises:
         UserError: a GPU was asked for and there is none.
     """
-    if runtime.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("runtime.device: found `cuda`, but torch sees no GPU here; set it to `cpu`")
+    check_device(runtime)
     torch.set_num_threads(runtime.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass over each
     _keep_freed_memory()
     return torch.device(runtime.device)
+
+
+def check_device(runtime: config.Runtime) -> None:
+    """See that the device is there.
+
+    Raises:
+        UserError: it is a GPU, and there is none.
+    """
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("runtime.device: found `cuda`, but torch sees no GPU here; set it to `cpu`")
 
 
 def _keep_freed_memory() -> None:
@@ -161,13 +170,22 @@ def stop_ids(model: Any, tokenizer: Any, stop: str | None) -> list[int]:
     configured = model.generation_config.eos_token_id
     ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
     if stop is not None:
-        tokens = tokenizer.encode(stop, add_special_tokens=False)
-        if len(tokens) != 1:
-            raise UserError(
-                f"generation.stop: found {stop!r}, which is {len(tokens)} tokens; expected a text that is one token"
-            )
-        ids.add(tokens[0])
+        ids.add(stop_id(tokenizer, stop))
     return sorted(ids)
+
+
+def stop_id(tokenizer: Any, stop: str) -> int:
+    """The token of `generation.stop`.
+
+    Raises:
+        UserError: it is not one token of this tokenizer.
+    """
+    tokens: list[int] = tokenizer.encode(stop, add_special_tokens=False)
+    if len(tokens) != 1:
+        raise UserError(
+            f"generation.stop: found {stop!r}, which is {len(tokens)} tokens; expected a text that is one token"
+        )
+    return tokens[0]
 
 
 def _load(kind: Any, folder: Path, new: tuple[str, ...] = (), **options: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rlhf_tasks.config import flatten, load_params, parse_assignments, parse_params, set_params
+from rlhf_tasks.config import changed_params, flatten, load_params, parse_assignments, parse_params, set_params
 from rlhf_tasks.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -193,6 +193,24 @@ def test_set_adds_a_key_that_the_file_leaves_to_its_default(commented: Path) -> 
     assert "# epsilon" in commented.read_text()
 
 
+def test_set_reaches_entries_of_lists(tmp_path: Path) -> None:
+    path = written(tmp_path, (REPOSITORY / "params.yaml").read_text())
+    before = path.read_text().splitlines()
+    values = parse_assignments(["data.sources.0.rows=700", "data.ratings.scale.1=5"])
+    assert set_params(path, values) == ["data.sources.0.rows: null -> 700", "data.ratings.scale.1: 4 -> 5"]
+    params = load_params(path)
+    assert (params.data.sources[0].rows, params.data.ratings.scale) == (700, (-4, 5))
+    after = path.read_text().splitlines()
+    assert [line for line in after if line not in before] == ["      rows: 700", "    scale: [-4, 5]"]
+
+
+def test_what_would_be_set_is_known_without_writing(commented: Path) -> None:
+    assert changed_params(commented, {"ppo.kl.coef": 0.5, "evaluate.prompts": 3}).ppo.kl.coef == 0.5
+    with pytest.raises(UserError, match=r"`ppo\.clip`: found -1"):
+        changed_params(commented, {"ppo.clip": -1})
+    assert commented.read_text() == COMMENTED
+
+
 def test_set_to_the_same_value_touches_nothing(commented: Path) -> None:
     before = commented.stat()
     assert set_params(commented, parse_assignments(["ppo.clip=0.20", "seed=3"])) == []
@@ -211,6 +229,10 @@ def test_set_to_the_same_value_touches_nothing(commented: Path) -> None:
         ("ppo=3", "`ppo`: found 3"),
         ("seed.more=1", "inside a plain value"),
         ("ppo.clip=[1", "ppo.clip"),
+        ("ppo.clip=2026-01-02", "`ppo.clip`: found "),
+        ("data.sources.1.rows=5", "cannot set `data.sources.1.rows`: found '1' for an entry of a list that has 1; exp"),
+        ("data.sources.first.rows=5", "found 'first' for an entry of a list"),
+        ("data.sources.0.row=5", "unknown key `data.sources.0.row`; did you mean `data.sources.0.rows`?"),
     ],
 )
 def test_set_refuses_and_leaves_the_file_alone(commented: Path, assignment: str, said: str) -> None:

@@ -58,11 +58,28 @@ def test_data_that_cannot_be_used(copy_of: Project, rows: list[Any], sentence: s
     assert sentence in said
 
 
-def test_a_value_that_cannot_be_run_is_not_written(copy_of: Project) -> None:
-    before = (copy_of.root / "params.yaml").read_bytes()
-    said = refused(copy_of, "--set", "seed=5", "--set", "model.base=no/such/folder")
-    assert "`model.base: no/such/folder`: no such folder or file" in said
-    assert (copy_of.root / "params.yaml").read_bytes() == before
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--set", "model.base=no/such/folder"], "`model.base: no/such/folder`: no such folder or file"),
+        (["--set", "reward.trainable_layers=1"], "reward.trainable_layers: found 1, but the model has 1 layers"),
+        (["--set", "evaluate.prompts=9999"], "evaluate.prompts: found 9999, but the data has only "),
+        (["--set", "sft.epochs=2", "--from", "ppo"], "--from ppo: sft would have to run first"),
+    ],
+)
+def test_what_cannot_be_run_is_not_written(copy_of: Project, arguments: list[str], sentence: str) -> None:
+    """Not in part either, whoever finds it: the command line, the flow, or what an earlier run has left."""
+    before = {name: (copy_of.root / name).read_bytes() for name in ("params.yaml", "dvc.yaml")}
+    assert sentence in refused(copy_of, "--set", "ppo.kl.coef=0.2", *arguments)
+    assert {name: (copy_of.root / name).read_bytes() for name in before} == before
+
+
+def test_too_few_heldout_prompts_are_told_before_anything_is_trained(copy_of: Project) -> None:
+    """As soon as `prepare` has counted them."""
+    done = copy_of.rlhf("run", "--set", "seed=3", "--set", "evaluate.prompts=9999")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert states(done.stdout) == {"prepare": "done"}
+    assert "evaluate.prompts: found 9999, but the data has only " in done.stderr
 
 
 def test_a_model_folder_without_a_tokenizer(copy_of: Project) -> None:
