@@ -216,7 +216,8 @@ def gc(yes: Annotated[bool, typer.Option("--yes", help="Delete it.")] = False) -
 
 @app.command()
 def doctor() -> None:
-    """Check params.yaml and the checkpoints before hours are spent: a line each, ok or what to change; then exit 1."""
+    """Check params.yaml and the checkpoints before hours are spent: a line each, ✓ or what to change. `!` is advice;
+    with a `✗`, which stops a run or makes its numbers wrong, it exits with 1."""
     root = Path.cwd()
     params = load_params(root / "params.yaml")
     from flows.console import say_finding
@@ -226,7 +227,7 @@ def doctor() -> None:
     for finding in examine(root, params):
         say_finding(finding)
         findings.append(finding)
-    sys.exit(1 if any(finding.ok is False for finding in findings) else 0)
+    sys.exit(1 if any(finding.fault for finding in findings) else 0)
 
 
 data = typer.Typer(no_args_is_help=True, help="Look at the data of `data.sources`.")

@@ -128,4 +128,5 @@ class _Quiet(logging.Filter):
 def say_finding(finding: Finding) -> None:
     """Print a line of `rlhf doctor`."""
     mark = {True: "[green]✓[/green]", False: "[red]✗[/red]", None: "–"}[finding.ok]
+    mark = "[yellow]![/yellow]" if finding.advice else mark
     console.print(f"{mark} {finding.name:15} {escape(finding.text)}", soft_wrap=True)

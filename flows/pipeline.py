@@ -133,7 +133,7 @@ def bring_checkout_up_to_date(root: Path, params: dict[str, Any], stages: list[S
         console.print(escape(f"params.yaml: {change}"), soft_wrap=True)
         log.info("params.yaml: %s", change)
     settings = load_params(root / "params.yaml")
-    if warning := high_rates(settings):
+    if warning := high_rates(settings, stages):
         log.warning("%s", warning)
     if not versioning.update_pipeline(root, settings):
         return

@@ -98,11 +98,13 @@ def check_prepared(params: Params, root: Path, stages: list[Stage]) -> None:
         check_heldout_prompts(params.evaluate.prompts, len(TokenColumn(heldout, "input_ids")))
 
 
-def high_rates(params: Params) -> str | None:
-    """A warning where a pretrained base is to learn at rates that suit a model from scratch; else None."""
+def high_rates(params: Params, stages: list[Stage]) -> str | None:
+    """A warning where a pretrained base learns, in one of these stages, at rates that suit a model from scratch."""
     if params.model.base == "scratch":
         return None
-    high = {name: rate for name, rate in PRETRAINED.items() if params.section(name) >= FAR * rate}
+    used = {stage.name for stage in stages}
+    rates = {name: rate for name, rate in PRETRAINED.items() if name.partition(".")[0] in used}
+    high = {name: rate for name, rate in rates.items() if params.section(name) >= FAR * rate}
     if not high:
         return None
     found = ", ".join(f"{name}: {params.section(name):g}" for name in high)

@@ -116,17 +116,19 @@ def test_what_prepare_left_is_looked_at_before_training(
 
 def test_a_pretrained_base_at_the_rates_of_a_model_from_scratch_is_warned_of(new: Workspace) -> None:
     shipped = load_params(REPOSITORY / "params.yaml")
-    assert high_rates(shipped) is None
+    assert high_rates(shipped, ALL) is None
     base = shipped.model.model_copy(update={"base": "base"})
-    said = high_rates(shipped.model_copy(update={"model": base})) or ""
+    own = shipped.model_copy(update={"model": base})
+    said = high_rates(own, ALL) or ""
     for name in PRETRAINED:
         assert f"{name}: {shipped.section(name):g}" in said
     assert "profiles/smollm2.yaml has 5e-05, 4e-05, 2e-05, 2e-05" in said
     lower = [f"{name}={rate * (FAR - 1)}" for name, rate in PRETRAINED.items()]
-    assert high_rates(with_params(new, "model.base=base", *lower).params) is None
-    only = high_rates(with_params(new, "sft.learning_rate=1e-3").params) or ""
-    assert only.startswith("sft.learning_rate: 0.001: high for a pretrained model")
-    assert "ppo" not in only
+    assert high_rates(with_params(new, "model.base=base", *lower).params, ALL) is None
+    only = high_rates(own, [STAGES["sft"]]) or ""
+    assert only.startswith("sft.learning_rate: 0.002: high for a pretrained model")
+    assert only.endswith("has 5e-05")
+    assert high_rates(own, [STAGES["prepare"], STAGES["evaluate"]]) is None
 
 
 def test_rates_for_a_pretrained_model_are_those_of_the_profile() -> None:

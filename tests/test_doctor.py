@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flows import cli
 from rlhf_tasks import config, doctor, forward
 from rlhf_tasks.config import load_params, parse_assignments, set_params
 from rlhf_tasks.data.batching import Line
@@ -46,6 +47,9 @@ def test_before_anything_ran_it_says_what_waits(workspace: Callable[..., Workspa
     assert found["sampling"] is found["KL estimator"] is True
 
 
+STOP = {"but the data has only", "no chat template", "has 2048 positions", "torch sees no GPU"}
+
+
 @pytest.mark.parametrize(
     ("name", "assignment", "said"),
     [
@@ -55,19 +59,44 @@ def test_before_anything_ran_it_says_what_waits(workspace: Callable[..., Workspa
         ("schedule", "ppo.critic_warmup=2", "the Actor never learns"),
         ("schedule", "ppo.schedule={kind: linear, total: 1}", "the rates are 0 after 1 of 2 iterations"),
         ("device", "runtime.threads=4096", "this process has"),
-        ("evaluation", "evaluate.prompts=100000", "held-out prompts"),
+        ("evaluation", "evaluate.prompts=100000", "but the data has only"),
+        ("evaluation", "evaluate.prompts=16", "take 400 or more if there are"),
         ("template", "data.template=chat", "no chat template"),
-        ("lengths", "data.max_response_tokens=5000", "positions"),
+        ("lengths", "data.max_response_tokens=5000", "has 2048 positions"),
         ("prompts", "ppo.batch=5000", "prompts"),
-        ("device", "runtime.device=cuda", "no GPU"),
+        ("checkpoints", "seed=7", "is of other parameters"),
+        ("learning rates", "model={base: base, scratch: {layers: 2}}", "high for a pretrained model"),
+        ("device", "runtime.device=cuda", "torch sees no GPU"),
     ],
 )
 def test_settings_to_change(finished_copy: Workspace, name: str, assignment: str, said: str) -> None:
+    """A run stops at some, and goes on with the others, which are advice."""
     if assignment == "runtime.device=cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     set_params(finished_copy.root / "params.yaml", parse_assignments([assignment]))
     findings = examine(finished_copy.root, load_params(finished_copy.root / "params.yaml"))
-    assert said in next(finding.text for finding in findings if finding.name == name and finding.ok is False)
+    (finding,) = [finding for finding in findings if finding.name == name and finding.ok is False]
+    assert said in finding.text
+    assert finding.fault is (said in STOP)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "mark", "status"),
+    [("generation.top_k=5", "! sampling", 0), ("data.max_response_tokens=5000", "✗ lengths", 1)],
+)
+def test_only_what_stops_a_run_makes_the_exit_status(
+    workspace: Callable[..., Workspace],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    assignment: str,
+    mark: str,
+    status: int,
+) -> None:
+    monkeypatch.chdir(workspace(assignment).root)
+    with pytest.raises(SystemExit) as ended:
+        cli.doctor()
+    assert ended.value.code == status
+    assert mark in capsys.readouterr().out
 
 
 def test_pad_that_is_eos(finished_copy: Workspace) -> None:
@@ -96,6 +125,7 @@ def test_the_sign_of_the_reward(
     monkeypatch.setattr(reward.Pairs, "scores", scores)
     finding = reward.sign(finished.workspace.root, first)
     assert finding.ok is (said is None)
+    assert finding.fault is (said == "are swapped")
     assert said is None or said in finding.text
 
 

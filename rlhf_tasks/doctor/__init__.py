@@ -22,6 +22,7 @@ _BEFORE_MODELS: dict[str, Callable[[Path, Params], Finding]] = {
     "KL coefficient": configuration.coefficient,
     "schedule": configuration.schedule,
     "device": configuration.device,
+    "learning rates": configuration.rates,
     "evaluation": configuration.evaluation_prompts,
     "reward function": configuration.reward_function,
     "checkpoints": configuration.checkpoints,

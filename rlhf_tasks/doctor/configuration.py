@@ -9,12 +9,14 @@ import torch
 from transformers import AutoConfig
 
 from rlhf_tasks import engine, keying, versioning
+from rlhf_tasks.ahead import high_rates
 from rlhf_tasks.base import check_lengths, known_positions
 from rlhf_tasks.config import Params
 from rlhf_tasks.data.tables import TokenColumn, read_table
-from rlhf_tasks.doctor.finding import Finding
+from rlhf_tasks.doctor.finding import Finding, advice
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.limits import positions
+from rlhf_tasks.limits import check_heldout_prompts, positions
+from rlhf_tasks.models import check_device
 from rlhf_tasks.reward_function import try_reward_function
 from rlhf_tasks.stages import STAGES, Stage
 from rlhf_tasks.workspace import Workspace
@@ -24,7 +26,7 @@ def sampling(root: Path, params: Params) -> Finding:
     on = [f"generation.{name}" for name in ("top_k", "top_p") if getattr(params.generation, name) is not None]
     if on:
         text = "what is sampled is not what ratios and KL are of; set it to null"
-        return Finding("sampling", False, f"{', '.join(on)}: {text}")
+        return advice("sampling", f"{', '.join(on)}: {text}")
     return Finding("sampling", True, "top-k and top-p are off: PPO's ratios are of what is sampled")
 
 
@@ -32,14 +34,14 @@ def estimator(root: Path, params: Params) -> Finding:
     kind = params.ppo.kl.estimator
     if kind != "k1":
         text = f"the policy gradient of {kind} in the reward is not the KL's; use k1, unless a peer is to be matched"
-        return Finding("KL estimator", False, f"ppo.kl.estimator: {text}")
+        return advice("KL estimator", f"ppo.kl.estimator: {text}")
     return Finding("KL estimator", True, "k1, whose policy gradient is the KL's")
 
 
 def coefficient(root: Path, params: Params) -> Finding:
     kl = params.ppo.kl
     if kl.coef == 0:
-        return Finding("KL coefficient", False, "ppo.kl.coef: 0, so nothing holds the Actor near SFT; try 0.05 to 0.2")
+        return advice("KL coefficient", "ppo.kl.coef: 0, so nothing holds the Actor near SFT; try 0.05 to 0.2")
     text = f"β is {kl.coef}" if kl.controller == "fixed" else f"β starts at {kl.coef}, towards {kl.target} nats"
     return Finding("KL coefficient", True, text)
 
@@ -49,23 +51,29 @@ def schedule(root: Path, params: Params) -> Finding:
     ppo = params.ppo
     if ppo.critic_warmup >= ppo.iterations:
         text = f"ppo.critic_warmup: {ppo.critic_warmup} of {ppo.iterations} iterations, so the Actor never learns"
-        return Finding("schedule", False, f"{text}; lower it, or raise ppo.iterations")
+        return advice("schedule", f"{text}; lower it, or raise ppo.iterations")
     total = ppo.schedule.total
     if ppo.schedule.kind != "constant" and total is not None and total < ppo.iterations:
         text = f"ppo.schedule.total: the rates are 0 after {total} of {ppo.iterations} iterations"
-        return Finding("schedule", False, f"{text}; set it to {ppo.iterations}")
+        return advice("schedule", f"{text}; set it to {ppo.iterations}")
     return Finding("schedule", True, f"the Actor learns in {ppo.iterations - ppo.critic_warmup} iterations")
 
 
 def device(root: Path, params: Params) -> Finding:
     runtime, cores = params.runtime, len(os.sched_getaffinity(0))
     if runtime.device == "cuda":
-        found = torch.cuda.is_available()
-        text = torch.cuda.get_device_name() if found else "runtime.device: cuda, but torch sees no GPU; set it to cpu"
-        return Finding("device", found, text)
+        check_device(runtime)
+        return Finding("device", True, torch.cuda.get_device_name())
     if runtime.threads > cores:
-        return Finding("device", False, f"runtime.threads: {runtime.threads}, but this process has {cores} cores")
+        text = f"runtime.threads: {runtime.threads}, but this process has {cores} cores, so it is slow; set it to that"
+        return advice("device", text)
     return Finding("device", True, f"cpu, {runtime.threads} of {cores} cores")
+
+
+def rates(root: Path, params: Params) -> Finding:
+    if warning := high_rates(params, list(STAGES.values())):
+        return advice("learning rates", warning)
+    return Finding("learning rates", True, "as a model of this kind learns at")
 
 
 def evaluation_prompts(root: Path, params: Params) -> Finding:
@@ -73,11 +81,10 @@ def evaluation_prompts(root: Path, params: Params) -> Finding:
     if not heldout.exists():
         return Finding("evaluation", None, f"{count} held-out prompts, if prepare finds as many")
     have = len(TokenColumn(read_table(heldout, ["input_ids"]), "input_ids"))
-    if count > have:
-        return Finding("evaluation", False, f"evaluate.prompts: {count}, but there are {have} held-out prompts")
+    check_heldout_prompts(count, have)
     if count < 100:
         text = f"{count}, so a gain is known to about ±{2 / count**0.5:.2f} sd; take 400 or more if there are"
-        return Finding("evaluation", False, f"evaluate.prompts: {text}")
+        return advice("evaluation", f"evaluate.prompts: {text} (there are {have})")
     return Finding("evaluation", True, f"{count} held-out prompts")
 
 
@@ -93,7 +100,7 @@ def checkpoints(root: Path, params: Params) -> Finding:
         entry = engine.find(workspace, job)
         if not (entry and engine.exported(workspace, entry)) and not _vouched(workspace, stage, job):
             text = f"checkpoints/{stage.name} is of other parameters, data or code; `rlhf run --until reward` first"
-            return Finding("checkpoints", False, text)
+            return advice("checkpoints", text)
     return Finding("checkpoints", True, "SFT and Reward are those of params.yaml, data and code")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf_tasks.doctor.finding import Finding
+from rlhf_tasks.doctor.finding import Finding, advice
 from rlhf_tasks.doctor.first_batch import FirstBatch
 from rlhf_tasks.ppo.experience import Episodes, response_values
 from rlhf_tasks.ppo.functional import actor_loss, gae, kl_per_token, masked_mean
@@ -26,7 +26,8 @@ STATES = 3  # the two that are kept, the one being written
 def prompts(root: Path, batch: FirstBatch) -> Finding:
     have, ppo = len(batch.trainer.fixed.prompts), batch.params.ppo
     if ppo.batch > have:
-        return Finding("prompts", False, f"ppo.batch: {ppo.batch}, but there are {have} prompts; lower it or add some")
+        text = f"ppo.batch: {ppo.batch}, but there are {have} prompts, so an iteration has some twice"
+        return advice("prompts", f"{text}; lower it, or add some")
     passes = ppo.batch * ppo.iterations / have
     return Finding("prompts", True, f"{have}; {ppo.iterations} iterations of {ppo.batch} are {passes:.2g} passes")
 

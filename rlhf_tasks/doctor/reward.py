@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf_tasks.doctor.finding import Finding
+from rlhf_tasks.doctor.finding import Finding, advice
 from rlhf_tasks.doctor.first_batch import EPISODES, FirstBatch
 from rlhf_tasks.models import load_score_statistics, load_sft_length
 from rlhf_tasks.reward import Pairs, score_texts, wilson_interval
@@ -42,7 +42,7 @@ def sign(root: Path, batch: FirstBatch) -> Finding:
     if high < 0.5:
         return Finding("reward sign", False, f"{text}: chosen and rejected are swapped in the data")
     if low <= 0.5:
-        return Finding("reward sign", False, f"{text}: no better than chance; more pairs, or more reward.epochs")
+        return advice("reward sign", f"{text}: no better than chance; more pairs, or more reward.epochs")
     return Finding("reward sign", True, text)
 
 
@@ -73,7 +73,7 @@ def scale(root: Path, batch: FirstBatch) -> Finding:
     if params.ppo.missing_eos.mode == "steer" and not load_sft_length(root / "checkpoints/reward") >= 1:
         return Finding("reward scale", False, "score_statistics.json has no length of SFT answers; run reward again")
     if params.ppo.score.kind == "raw" and not (0.2 < std < 5 and abs(mean) < 5 * std):
-        return Finding("reward scale", False, f"{text}: β is relative to it; set ppo.score.kind to normalised")
+        return advice("reward scale", f"{text}: β is relative to it; set ppo.score.kind to normalised")
     return Finding("reward scale", True, f"{text}; PPO sees them {params.ppo.score.kind}")
 
 
@@ -85,5 +85,5 @@ def spread(root: Path, batch: FirstBatch) -> Finding:
     found = score(batch.episodes.prompts, batch.episodes.responses)
     text = f"{settings.name}: from {found.min():.2f} to {found.max():.2f} on {len(found)} SFT answers"
     if found.min() == found.max():
-        return Finding("reward spread", False, f"{text}: the same for all, so there is nothing to learn from it")
+        return advice("reward spread", f"{text}: the same for all, so there is nothing to learn from it")
     return Finding("reward spread", True, text)

@@ -9,7 +9,7 @@ from rlhf_tasks.base import find_base
 from rlhf_tasks.config import Params
 from rlhf_tasks.data.encoding import choose_template
 from rlhf_tasks.data.encoding import load_tokenizer as load_base_tokenizer
-from rlhf_tasks.doctor.finding import Finding
+from rlhf_tasks.doctor.finding import Finding, advice
 from rlhf_tasks.models import load_tokenizer
 
 _WAITS = "prepare trains the tokenizer: `rlhf run --until prepare`, then ask again"
@@ -44,7 +44,7 @@ def template(root: Path, params: Params) -> Finding:
     template = choose_template(params.data.template, tokenizer)
     if tokenizer.chat_template and template != "chat":
         text = "data.template: the tokenizer has a chat template that is not used; set it to chat or auto"
-        return Finding("template", False, text)
+        return advice("template", text)
     return Finding("template", True, f"prompts are written with {template}")
 
 
