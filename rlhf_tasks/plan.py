@@ -53,6 +53,7 @@ class Amounts:
         prompt, response: mean tokens.
         longest: tokens of the longest row.
         longest_prompt: of the longest prompt, as long as which a rollout makes its cache.
+        heldout_prompts: how many there are; None where it is not known.
     """
 
     sft_rows: float
@@ -62,6 +63,7 @@ class Amounts:
     longest: int
     longest_prompt: int
     known: bool
+    heldout_prompts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def amounts_of(root: Path, params: Params) -> Amounts:
         prompt, response = tokens["prompt"], tokens["response"]
         longest = math.ceil(prompt["max"] + response["max"])
         rows, means = (document["sft_train"], document["pairs_train"]), (prompt["mean"], response["mean"])
-        return Amounts(*rows, *means, longest, math.ceil(prompt["max"]), known=True)
+        return Amounts(*rows, *means, longest, math.ceil(prompt["max"]), True, int(document["prompts_heldout"]))
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: not what `prepare` writes; run `rlhf run --until prepare`") from None
 

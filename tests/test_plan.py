@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flows.plan import say_plan
+from flows import cli
+from flows.plan import duration, in_units, say_plan, warnings
 from rlhf_tasks import keying
+from rlhf_tasks.config import changed_params
 from rlhf_tasks.errors import UserError
-from rlhf_tasks.machine import GPUS, Machine, named_gpu, this_machine
+from rlhf_tasks.machine import GPUS, Machine, gpu_of, named_gpu, this_machine, within_container
 from rlhf_tasks.meter import Meter, Need, without_data
-from rlhf_tasks.plan import Amounts, _ppo, amounts_of, largest_micro_batch, most_that_fit, phases, settings_of, sizes_of
+from rlhf_tasks.plan import (
+    Amounts,
+    Phase,
+    _ppo,
+    amounts_of,
+    largest_micro_batch,
+    most_that_fit,
+    phases,
+    settings_of,
+    sizes_of,
+)
 from rlhf_tasks.stages import STAGES
 from rlhf_tasks.training import adamw
 from rlhf_tasks.workspace import Workspace
@@ -174,12 +186,159 @@ def test_gpus_by_name(name: str, count: int, lower: bool) -> None:
 
 def test_gpus_by_size_and_what_is_none() -> None:
     assert named_gpu("24GB")[1].memory == 24e9
+    assert named_gpu("24GB")[1].baseline == named_gpu("H100")[1].baseline > 1e8
     assert named_gpu("24GB")[1].seconds(Need(flops=1.0)) is None
     with pytest.raises(UserError, match="did you mean H100"):
         named_gpu("H10O")
-    for wrong in ("", "0xH100", "2x", "-1xH100", "1.2.3GB", ".GB"):
+    for wrong in (
+        "",
+        "0xH100",
+        "2x",
+        "-1xH100",
+        "1.2.3GB",
+        ".GB",
+        "0GB",
+        "0.0GB",
+        "1025GB",
+        "1025xH100",
+        "9" * 400 + "GB",
+    ):
         with pytest.raises(UserError, match=r"--gpu"):
             named_gpu(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", 85.0, "H100"),
+        ("NVIDIA A100-SXM4-40GB", 42.4, "A100-40"),
+        ("NVIDIA A100-SXM4-80GB", 85.1, "A100"),
+        ("NVIDIA GeForce RTX 4090", 25.2, "RTX4090"),
+        ("NVIDIA L40S", 47.7, "L40S"),
+        ("Tesla T4", 15.6, "T4"),
+        ("NVIDIA RTX A1000", 8.3, None),
+        ("Somebody's GH200 480GB", 97.9, None),
+    ],
+)
+def test_a_gpu_that_is_here_is_known_by_its_drivers_name(name: str, memory: float, known: str | None) -> None:
+    found = gpu_of(name, memory * 1e9, 3e9)
+    assert (found.name, found.memory, found.free) == (name, memory * 1e9, 3e9)
+    assert found.baseline > 1e8
+    assert found.estimated
+    assert found.flops == (named_gpu(known)[1].flops if known else None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_plan_for_a_gpu_that_is_not_here_asks_which(sketch: Workspace) -> None:
+    params = with_params(sketch, "runtime.device=cuda").params
+    with pytest.raises(
+        UserError, match=r"torch sees no GPU here; say which one the plan is for, as in `rlhf plan --gpu"
+    ):
+        say_plan(sketch.root, params, "", as_json=True)
+
+
+def control_groups(root: Path, files: dict[str, str]) -> Path:
+    """A tree of `proc` and `sys` with these files in it."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def version_2(group: str, limit: str, used: int, cached: int) -> dict[str, str]:
+    base = f"sys/fs/cgroup/{group}"
+    return {
+        f"{base}memory.max": f"{limit}\n",
+        f"{base}memory.current": f"{used}\n",
+        f"{base}memory.stat": f"anon 1\ninactive_file {cached}\n",
+    }
+
+
+def version_1(group: str, limit: str, used: int, cached: int) -> dict[str, str]:
+    base = f"sys/fs/cgroup/memory/{group}"
+    return {
+        f"{base}memory.limit_in_bytes": f"{limit}\n",
+        f"{base}memory.usage_in_bytes": f"{used}\n",
+        f"{base}memory.stat": f"inactive_file 0\ntotal_inactive_file {cached}\n",
+    }
+
+
+OWN_2, OWN_1 = {"proc/self/cgroup": "0::/job/step\n"}, {"proc/self/cgroup": "4:cpu,memory:/job\n0::/\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, (32e9, 20e9)),
+        (OWN_2, (32e9, 20e9)),  # of the group itself nothing is there
+        (OWN_2 | version_2("job/step/", "max", 3, 0), (32e9, 20e9)),
+        (OWN_2 | version_2("job/step/", "4000000000", 3_000_000_000, 1_000_000_000), (4e9, 2e9)),
+        (OWN_2 | version_2("job/step/", "max", 3, 0) | version_2("job/", "5000000000", 0, 0), (5e9, 5e9)),
+        (OWN_2 | version_2("", "6000000000", 1_000_000_000, 0), (6e9, 5e9)),  # as a container sees its own
+        (OWN_2 | version_2("job/step/", "64000000000", 50_000_000_000, 0), (32e9, 14e9)),
+        (OWN_1 | version_1("job/", "4000000000", 9_000_000_000, 0), (4e9, 0)),
+        (OWN_1 | version_1("job/", "9223372036854771712", 0, 0) | version_1("", "7000000000", 0, 0), (7e9, 7e9)),
+        (OWN_2 | version_2("job/step/", "gibberish", 3, 0), (32e9, 20e9)),
+    ],
+)
+def test_a_containers_memory_is_its_limit(tmp_path: Path, files: dict[str, str], expected: tuple[float, float]) -> None:
+    assert within_container(32e9, 20e9, control_groups(tmp_path, files)) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "unit", "said"),
+    [
+        (0, "B", "0 B"),
+        (453, "", "453"),
+        (26_240, "", "26.2 k"),
+        (1_090_000_000, "B", "1.09 GB"),
+        (25.28e9, "B", "25.3 GB"),
+        (134.5e6, "", "134 M"),
+        (3.2e15, "", "3.20 P"),
+        (4.5e18, "", "4,500 P"),
+    ],
+)
+def test_numbers_are_told_in_units_that_fit(number: float, unit: str, said: str) -> None:
+    assert in_units(number, unit) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.012, "12 ms"), (5, "5 s"), (119, "119 s"), (600, "10 min"), (9000, "2.5 h")]
+)
+def test_times_are_told_in_units_that_fit(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_what_speaks_against_a_run_that_could_be_made(sketch: Workspace) -> None:
+    found = [Phase("ppo", "rollout", Need(peak=2_000_000_000, held=2_000_000_000), 1)]
+    for free, warned in ((1.5e9, True), (3e9, False), (None, False)):
+        said = warnings(sketch.params, Machine("x", 4e9, free=free), found)
+        assert bool(said) is warned
+    assert warnings(sketch.params, Machine("x", 1e9, free=0.5e9), found) == []  # it does not fit at all, which is said
+    assert said == []
+    base = with_params(sketch, "model.base=base", "sft.learning_rate=2e-3").params
+    assert warnings(base, Machine("x", 4e9), found)[0].startswith("sft.learning_rate: 0.002, ")
+
+
+def test_values_that_are_set_for_the_plan_are_planned_and_not_written(
+    sketch: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(sketch.root)
+    (sketch.root / "metrics/prepare.json").unlink()
+    before = (sketch.root / "params.yaml").read_bytes()
+    cli.plan("T4", ["ppo.iterations=7", "model.scratch.hidden_size=64"], as_json=True)
+    document = json.loads(capsys.readouterr().out)
+    larger = changed_params(sketch.root / "params.yaml", {"model.scratch.hidden_size": 64})
+    assert document["weights"] == asdict(sizes_of(settings_of(sketch.root, larger), None))
+    with pytest.raises(
+        UserError, match=r"generation\.max_new_tokens: 4096 make 4112 tokens, but .* has 2048 positions"
+    ):
+        cli.plan("T4", ["generation.max_new_tokens=4096"], as_json=True)
+    with pytest.raises(UserError, match=r"reward\.trainable_layers: found 2, but the model has 2 layers"):
+        cli.plan("T4", ["reward.trainable_layers=2"], as_json=True)
+    with pytest.raises(UserError, match=r"did you mean `ppo\.iterations`"):
+        cli.plan("T4", ["ppo.iteration=7"], as_json=True)
+    assert (sketch.root / "params.yaml").read_bytes() == before
 
 
 def test_this_machine_is_measured() -> None:
@@ -194,11 +353,15 @@ def test_this_machine_is_measured() -> None:
 def test_what_prepare_counted_is_used_where_it_is(sketch: Workspace) -> None:
     path = sketch.root / "metrics/prepare.json"
     tokens = {"prompt": {"mean": 3.5, "max": 7}, "response": {"mean": 20.5, "max": 24}}
-    path.write_text(json.dumps({"sft_train": 10, "pairs_train": 5, "details": {"tokens": {"sft_train": tokens}}}))
+    counts = {"sft_train": 10, "pairs_train": 5, "prompts_heldout": 15}
+    path.write_text(json.dumps(counts | {"details": {"tokens": {"sft_train": tokens}}}))
     stage = STAGES["prepare"]
     made_of = {"parameters": keying.parameters(sketch.params, stage)}
     (sketch.root / stage.lineage).write_text(json.dumps(made_of))
-    assert amounts_of(sketch.root, sketch.params) == Amounts(10, 5, 3.5, 20.5, 31, 7, known=True)
+    found = amounts_of(sketch.root, sketch.params)
+    assert found == Amounts(10, 5, 3.5, 20.5, 31, 7, known=True, heldout_prompts=15)
+    with pytest.raises(UserError, match=r"evaluate\.prompts: found 16, but the data has only 15 held-out prompts"):
+        say_plan(sketch.root, sketch.params, "T4", as_json=True)
     assert not amounts_of(sketch.root, with_params(sketch, "data.max_prompt_tokens=99").params).known
     for damaged in ("{}", '{"details'):
         path.write_text(damaged)
@@ -218,6 +381,8 @@ def test_the_plan_as_it_is_printed(sketch: Workspace, capsys: pytest.CaptureFixt
         "not even one row fits",
         "The data is not prepared",
         "2 GPUs",
+        "Not planned: prepare, which trains nothing",
+        "600 MB are an estimate of what CUDA's context takes. Nothing here was measured on a GPU.",
     ):
         assert words in said
 
@@ -228,6 +393,7 @@ def test_the_plan_for_machines(sketch: Workspace, capsys: pytest.CaptureFixture[
     say_plan(sketch.root, sketch.params, "2xT4", as_json=True)
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert document["gpus"] == 2
+    assert document["warnings"] == []
     assert document["weights"]["actor"] == sizes_of(settings_of(sketch.root, sketch.params), None).actor
 
 
