@@ -50,7 +50,7 @@ def draw(results: dict[str, Any]) -> None:
     left.invert_yaxis()
     left.set_xlabel("seconds an iteration")
     right.set_xlabel("peak GiB")
-    left.legend(frameon=False)
+    figure.legend(loc="outside upper left", ncols=len(PHASES) + 1, frameon=False)
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(DOCS / "speed.svg", metadata={"Date": None})
