@@ -181,32 +181,38 @@ class _Near:
     """The texts that rows are split by, and those that are trained on, on their way to the search for near copies.
 
     The first is the prompt, or the whole of a text that is rated without one; the others are the prompt with an answer.
+    Prompts are compared with prompts, and whole texts with whole texts.
     """
 
     def __init__(self, folder: Path, heldout: float) -> None:
-        self._texts, self._heldout = NearTexts(folder / "texts"), heldout
-        self._digests = bytearray()
+        self._prompts, self._wholes = NearTexts(folder / "prompts-near"), NearTexts(folder / "wholes-near")
+        self._digests = {self._prompts: bytearray(), self._wholes: bytearray()}
+        self._heldout = heldout
 
     def take(self, where: str, record: Record) -> None:
         if isinstance(record, Rated) and record.prompt is None:
-            texts = [record.text]
-        else:
-            prompt = prompt_text(record.prompt or "")
-            joint = "\n" if isinstance(record.prompt, Conversation) else ""  # as in `whole_text`
-            texts = [prompt, *(f"{prompt}{joint}{answer}" for answer in _answers(record))]
-        side = is_heldout(texts[0], self._heldout)
-        for text in texts:
-            self._digests += fingerprint(text)
-            self._texts.add(where, text, side)
+            self._add(self._wholes, where, record.text, is_heldout(record.text, self._heldout))
+            return
+        prompt = prompt_text(record.prompt or "")
+        side = is_heldout(prompt, self._heldout)
+        self._add(self._prompts, where, prompt, side)
+        joint = "\n" if isinstance(record.prompt, Conversation) else ""  # as in `whole_text`
+        for answer in _answers(record):
+            self._add(self._wholes, where, f"{prompt}{joint}{answer}", side)
+
+    def _add(self, texts: NearTexts, where: str, text: str, side: bool) -> None:
+        self._digests[texts] += fingerprint(text)
+        texts.add(where, text, side)
 
     def remarks(self) -> Iterator[Remark]:
         """Of the rows, each once, that have a near copy; exact copies are no such, and `prepare` leaves them out."""
-        first = first_like(np.frombuffer(self._digests, np.uint64).reshape(-1, 2))
         best: dict[str, NearCopy] = {}
-        for copy in self._texts.copies(first == np.arange(len(first))):
-            if copy.similarity > (best[copy.heldout].similarity if copy.heldout in best else 0):
-                best[copy.heldout] = copy
-        self._texts.close()
+        for texts, digests in self._digests.items():
+            first = first_like(np.frombuffer(digests, np.uint64).reshape(-1, 2))
+            for copy in texts.copies(first == np.arange(len(first))):
+                if copy.heldout not in best or copy.similarity > best[copy.heldout].similarity:
+                    best[copy.heldout] = copy
+            texts.close()
         if best:
             message = "held-out rows have a near copy in training, which `prepare` keeps; take one of each two away"
             places = (f"{copy.heldout} is near {copy.train} ({copy.similarity:.0%})" for copy in best.values())

@@ -274,9 +274,8 @@ def _compared(fields: _Talk) -> tuple[Prompt, str, str]:
     if "prompt" in fields and not all(name in fields for name in ("chosen", "rejected")):
         _prompt_and(fields, "chosen", "rejected")
     chosen, rejected = fields.get("chosen"), fields.get("rejected")
-    same = fields.wrong("chosen", f"the same as {fields.label('rejected')}", "two different answers")
-    if chosen == rejected and chosen not in ("", None):
-        raise same
+    if chosen == rejected and chosen != "":
+        raise _same(fields)
     if isinstance(chosen, list) and isinstance(rejected, list) and (len(chosen) > 1 or "prompt" not in fields):
         asked, chosen, rejected = _split_messages(fields, chosen, rejected)
         fields.same_prompt(asked, "chosen")
@@ -288,8 +287,12 @@ def _compared(fields: _Talk) -> tuple[Prompt, str, str]:
         fields.same_prompt(asked, "chosen")
         prompt = asked
     if chosen == rejected:
-        raise same
+        raise _same(fields)
     return prompt, chosen, rejected
+
+
+def _same(fields: _Talk) -> UserError:
+    return fields.wrong("chosen", f"the same as {fields.label('rejected')}", "two different answers")
 
 
 def _split_messages(fields: _Talk, chosen: Any, rejected: Any) -> tuple[Conversation, str, str]:

@@ -1,7 +1,7 @@
 """Near copies across the split: MinHash over character shingles, found by locality-sensitive hashing (Broder 1997).
 
-Memory is a hundred bytes a text, whatever its length: texts and their places wait on disk, and those that may be near
-copies are read back and compared.
+Texts, their places and their signatures wait on disk, so that memory is some bytes a text, whatever its length. Those
+that look like near copies by their signatures are read back and compared.
 """
 
 from __future__ import annotations
@@ -22,9 +22,16 @@ BANDS, BAND_HASHES = 12, 5
 SIMILAR = 0.8
 """Share of shingles in common from which on two texts are near copies; 99 % of those at 0.8 meet in some band."""
 
-BATCH_CHARACTERS = 500_000
-COMPARED = 4
-"""Training texts that a held-out one is compared with in a band: boilerplate must not take quadratic time."""
+BATCH_CHARACTERS = 100_000
+LOOKED_AT, COMPARED = 64, 4
+"""Training texts of a band by whose signatures a held-out one goes, and those of them that it is compared with:
+boilerplate must not take quadratic time."""
+LIKELY = 0.65
+"""Share of hashes in common from which on two texts are compared; 99 % of near copies have it."""
+
+ROW = np.dtype([("keys", np.uint32, BANDS), ("signature", np.uint8, BANDS * BAND_HASHES)])
+"""What is kept of a text: a key a band, of which near copies share one or more and other texts few; and a byte of each
+of its hashes, of which two texts have about as many in common as shingles."""
 
 _random = np.random.default_rng(0)
 _FACTORS = _random.integers(0, 2**63, BANDS * BAND_HASHES, np.uint64) * np.uint64(2) + np.uint64(1)
@@ -43,10 +50,10 @@ class NearCopy(NamedTuple):
 class NearTexts:
     """Texts of both sides; `copies` says which held-out ones have a near copy among the others."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w+b")
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._texts, self._rows = (folder / "texts").open("w+b"), (folder / "rows").open("w+b")
         self._ends, self._sides = array("q", [0]), bytearray()
-        self._keys: list[npt.NDArray[np.uint64]] = []
         self._waiting: list[str] = []
         self._characters = 0
 
@@ -54,7 +61,7 @@ class NearTexts:
         """Take a text; case and white space do not count."""
         text = normal(text).lower()
         content = f"{where}\0{text}".encode()
-        self._file.write(content)
+        self._texts.write(content)
         self._ends.append(self._ends[-1] + len(content))
         self._sides.append(heldout)
         self._waiting.append(text)
@@ -69,33 +76,40 @@ class NearTexts:
             wanted: which texts count, `[texts]`, in the order in which they were given.
         """
         self._flush()
-        self._file.flush()
+        self._texts.flush()
+        self._rows.flush()
         sides, found = np.frombuffer(self._sides, np.bool_), dict[int, NearCopy]()
+        known = np.memmap(self._rows, ROW, "r") if len(sides) else np.zeros(0, ROW)
         for band in range(BANDS):
-            keys = np.concatenate([batch[:, band] for batch in self._keys] or [np.zeros(0, np.uint64)])
-            for rows in _mixed_groups(keys, sides, wanted):
-                train = [int(row) for row in rows if not sides[row]][:COMPARED]
-                for row in (int(row) for row in rows if sides[row] and int(row) not in found):
-                    (where, text), others = self._read(row), map(self._read, train)
-                    best, other = max((similarity(text, other), place) for place, other in others)
-                    if best >= SIMILAR:
-                        found[row] = NearCopy(where, other, best)
+            for rows in _mixed_groups(known["keys"][:, band], sides, wanted):
+                train = rows[~sides[rows]][:LOOKED_AT]
+                signatures = known["signature"][train]
+                for row in (int(row) for row in rows[sides[rows]] if int(row) not in found):
+                    alike = (signatures == known["signature"][row]).mean(axis=1)
+                    likely = [int(train[i]) for i in np.argsort(-alike)[:COMPARED] if alike[i] >= LIKELY]
+                    if likely and (copy := self._best(row, likely)).similarity >= SIMILAR:
+                        found[row] = copy
         return [found[row] for row in sorted(found)]
 
     def close(self) -> None:
-        """Let go of the file."""
-        self._file.close()
+        """Let go of the files."""
+        self._texts.close()
+        self._rows.close()
 
     def _flush(self) -> None:
         if self._waiting:
-            self._keys.append(band_keys(self._waiting))
+            self._rows.write(signed(self._waiting).tobytes())
         self._waiting, self._characters = [], 0
+
+    def _best(self, row: int, others: Sequence[int]) -> NearCopy:
+        (where, text), known = self._read(row), map(self._read, others)
+        score, place = max((similarity(text, other), place) for place, other in known)
+        return NearCopy(where, place, score)
 
     def _read(self, row: int) -> tuple[str, str]:
         """Where a text stands, and the text."""
         start, end = self._ends[row], self._ends[row + 1]
-        content = os.pread(self._file.fileno(), end - start, start).decode()
-        where, _, text = content.partition("\0")
+        where, _, text = os.pread(self._texts.fileno(), end - start, start).decode().partition("\0")
         return where, text
 
 
@@ -108,8 +122,8 @@ def similarity(one: str, other: str) -> float:
     return len(a & b) / len(a | b)
 
 
-def band_keys(texts: Sequence[str]) -> npt.NDArray[np.uint64]:
-    """A key a band for each text, `[texts, BANDS]`: near copies share one of them, other texts hardly ever."""
+def signed(texts: Sequence[str]) -> npt.NDArray[np.void]:
+    """What is kept of some texts, `ROW`, `[texts]`."""
     padded = [text.ljust(SHINGLE, "\0") for text in texts]
     codes = np.frombuffer("".join(padded).encode("utf-32-le"), np.uint32).astype(np.uint64)
     lengths = np.array([len(text) for text in padded])
@@ -122,16 +136,18 @@ def band_keys(texts: Sequence[str]) -> npt.NDArray[np.uint64]:
         inside[ends[:-1] - back] = False
     hashes = hashes[inside]
     starts = np.concatenate([[0], np.cumsum(lengths - SHINGLE + 1)[:-1]])
-    keys = np.zeros((len(texts), BANDS), np.uint64)
+    rows, keys = np.zeros(len(texts), ROW), np.zeros((len(texts), BANDS), np.uint64)
     for number, (factor, offset) in enumerate(zip(_FACTORS, _OFFSETS, strict=True)):
         least = np.minimum.reduceat((hashes * factor + offset) >> np.uint64(32), starts)
         band = number // BAND_HASHES
         keys[:, band] = (keys[:, band] ^ least) * _POWERS[number % BAND_HASHES]
-    return keys
+        rows["signature"][:, number] = least & np.uint64(255)
+    rows["keys"] = keys >> np.uint64(32)
+    return rows
 
 
 def _mixed_groups(
-    keys: npt.NDArray[np.uint64], sides: npt.NDArray[np.bool_], wanted: npt.NDArray[np.bool_]
+    keys: npt.NDArray[np.uint32], sides: npt.NDArray[np.bool_], wanted: npt.NDArray[np.bool_]
 ) -> Iterator[npt.NDArray[np.int64]]:
     """The rows of every group with one key that has rows of both sides, as far as rows are wanted."""
     rows = np.flatnonzero(wanted)

@@ -55,11 +55,16 @@ def take_prompt_off(fields: Fields) -> None:
 
 def _opens(row: Mapping[str, Any], reading: Reading) -> bool | None:
     """Whether all answers of a row open with its prompt; None where they are not all texts."""
-    prompt, answers = row.get("prompt"), [row.get(name) for name in ANSWERS[reading.kind]]
-    if not answers or not isinstance(prompt, str) or not prompt.strip():
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not ANSWERS[reading.kind] or not prompt.strip():
         return None
-    texts = [answer for answer in answers if isinstance(answer, str)]
-    return all(_after(prompt, text) is not None for text in texts) if len(texts) == len(answers) else None
+    opens = True
+    for name in ANSWERS[reading.kind]:
+        answer = row.get(name)
+        if not isinstance(answer, str):
+            return None
+        opens = opens and _after(prompt, answer) is not None
+    return opens
 
 
 def _after(prompt: str, text: str) -> str | None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rlhf_tasks.config import Model, parse_params
 from rlhf_tasks.data.check import Report, check
-from rlhf_tasks.data.near import SIMILAR, NearTexts, band_keys, similarity
+from rlhf_tasks.data.near import SIMILAR, NearTexts, signed, similarity
 from rlhf_tasks.data.prepare import run
 from rlhf_tasks.errors import UserError
 
@@ -466,14 +466,14 @@ WORDS = st.lists(
 
 @given(train=st.lists(WORDS, max_size=8), heldout=st.lists(WORDS, max_size=8))
 def test_every_near_copy_that_is_said_is_one(tmp_path_factory, train, heldout):
-    for copy in near_copies(tmp_path_factory.getbasetemp() / "near", train, heldout):
+    for copy in near_copies(tmp_path_factory.mktemp("near") / "near", train, heldout):
         one, other = heldout[int(copy.heldout[5:])], train[int(copy.train[6:])]
         assert similarity(one.lower(), other.lower()) == copy.similarity >= SIMILAR
 
 
 @given(texts=st.lists(WORDS, min_size=1, max_size=8))
 def test_copies_but_for_case_and_white_space_are_always_found(tmp_path_factory, texts):
-    found = near_copies(tmp_path_factory.getbasetemp() / "near", texts, [f" {text.upper()}\n" for text in texts])
+    found = near_copies(tmp_path_factory.mktemp("near") / "near", texts, [f" {text.upper()}\n" for text in texts])
     assert {copy.heldout for copy in found} == {f"True:{i}" for i in range(len(texts))}
 
 
@@ -489,5 +489,5 @@ def test_most_near_copies_are_found_and_a_text_does_not_touch_its_neighbours(tmp
     ]
     changed = [text.replace(text.split()[7], "omega", 1) for text in train]
     assert len(near_copies(tmp_path / "near", train, changed)) > 290
-    alone = band_keys([changed[3]])
-    assert (band_keys(changed)[3] == alone).all()
+    alone = signed([changed[3]])
+    assert (signed(changed)[3] == alone).all()
