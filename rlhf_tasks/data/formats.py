@@ -151,13 +151,13 @@ class _Talk(Fields):
         if isinstance(value, list):
             messages = self.ends(name, self.messages(name, value), "assistant")
             if len(messages) > 1:
-                raise self.wrong(name, f"{len(messages)} messages", "one, the assistant's answer to `prompt`")
+                raise self.wrong(name, f"{len(messages)} messages", f"one, the assistant's answer to {self.label('prompt')}")
             return messages[0].content
         text = self.text(name, value)
         if not isinstance(prompt, Conversation):
             return text
         if turn := TURN.search(text):
-            expected = "the assistant's one answer to `prompt`; take the rest away"
+            expected = f"the assistant's one answer to {self.label('prompt')}; take the rest away"
             raise self.wrong(name, f"an answer that goes on with `{turn[1]}:`", expected)
         return text.strip()
 
