@@ -151,7 +151,8 @@ class _Talk(Fields):
         if isinstance(value, list):
             messages = self.ends(name, self.messages(name, value), "assistant")
             if len(messages) > 1:
-                raise self.wrong(name, f"{len(messages)} messages", f"one, the assistant's answer to {self.label('prompt')}")
+                expected = f"one, the assistant's answer to {self.label('prompt')}"
+                raise self.wrong(name, f"{len(messages)} messages", expected)
             return messages[0].content
         text = self.text(name, value)
         if not isinstance(prompt, Conversation):
