@@ -46,6 +46,7 @@ a changed parameter runs what depends on it, and a run that was killed goes on w
 * `rlhf lineage models:/rlhf-actor@champion`: where it came from, down to the raw data
 * `rlhf reproduce HEAD`: do it again in a clean folder: do all digests agree?
 * `rlhf promote 3 --why "..."`, `rlhf rollback --why "..."`: another version becomes @champion
+* `rlhf serve`: the champion behind OpenAI's API
 * `rlhf plan`: memory, work and time of every part, on this machine or on a GPU that you name
 * `rlhf gc`: what the store holds that nothing needs any more
 * `rlhf data check`: is anything wrong with the data, file by file and row by row?
@@ -187,6 +188,24 @@ def rollback(why: Why) -> None:
     from flows import champion
 
     champion.roll_back(Path.cwd(), why)
+
+
+@app.command()
+def serve(
+    name: Annotated[
+        str, typer.Argument(metavar="[NAME]", help="models:/NAME@ALIAS or models:/NAME/VERSION; else the champion.")
+    ] = "",
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; other machines reach 0.0.0.0.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="0: one that is free.")] = 8000,
+) -> None:
+    """Answer OpenAI's API, /v1/chat/completions and /v1/completions, from a registered Actor."""
+    root = Path.cwd()
+    params = load_params(root / "params.yaml")
+    from flows import serve as serving
+
+    serving.serve(root, params, name, host, port)
 
 
 @app.command()

@@ -18,6 +18,8 @@ from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
+from rlhf_tasks.errors import UserError, without_secrets
+
 if TYPE_CHECKING:
     from mlflow.models import Model, ModelSignature
 
@@ -131,6 +133,27 @@ def save_reward(
         mlflow_model=description,
     )
     (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def fetch_actor(name: str, version: int, uri: str, target: Path) -> Path:
+    """The Actor's Hugging Face folder of a version: where it lies, or, from elsewhere, copied below `target`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    import mlflow.artifacts
+
+    source = MlflowClient(uri).get_model_version_download_uri(name, str(version))
+    here = None if source.startswith("file:") else str(target)
+    try:
+        folder = mlflow.artifacts.download_artifacts(artifact_uri=f"{source}/model", dst_path=here, tracking_uri=uri)
+    except Exception as error:  # every kind of artifact store has its own
+        reason = without_secrets(" ".join(str(error).split()))[:200] or type(error).__name__
+        raise UserError(
+            f"models:/{name}/{version}: its files cannot be read ({reason}); make the place that the server keeps them "
+            "in reachable, then try again"
+        ) from None
+    return Path(folder)
 
 
 def _description(logged: Any, run_id: str) -> Model:

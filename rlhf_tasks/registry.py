@@ -197,12 +197,14 @@ class Registered:
     Attributes:
         runs: the run in which the gate came to its present verdict, and, if another one registered it, that.
         created: when it was registered (UTC).
+        tags: what it came from.
     """
 
     name: str
     version: int
     runs: tuple[str, ...]
     created: str
+    tags: Mapping[str, str]
 
 
 def registered_versions(tracking_uri: str) -> list[Registered]:
@@ -239,7 +241,7 @@ def find_registered(uri: str, tracking_uri: str) -> Registered:
 def _registered(found: ModelVersion) -> Registered:
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(found.creation_timestamp / 1000))
     runs = dict.fromkeys((found.tags.get(JUDGED) or str(found.run_id), str(found.run_id)))
-    return Registered(found.name, int(found.version), tuple(runs), created)
+    return Registered(found.name, int(found.version), tuple(runs), created, found.tags)
 
 
 def _what_there_is(client: MlflowClient, name: str, missing: str) -> str:

@@ -72,13 +72,17 @@ def render_prompt(prompt: Prompt, template: Template, tokenizer: PreTrainedToken
         return (f"{ALPACA_INPUT}{asked}{ALPACA_GIVEN}{given}" if given else f"{ALPACA}{asked}") + ALPACA_RESPONSE
     assert tokenizer is not None, "the chat template belongs to a tokenizer"
     messages = prompt.messages if isinstance(prompt, Conversation) else (Message("user", plain_text(prompt)),)
-    special = _special_strings(tokenizer)
-    content = [{"role": role, "content": special.sub(_broken, text)} for role, text in messages]
+    content = [{"role": role, "content": break_special_tokens(tokenizer, text)} for role, text in messages]
     try:
         return str(tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # templates raise jinja2's errors, and any that their expressions do
         reason = " ".join(str(error).split())
         raise UserError(f"the tokenizer's chat template refuses the conversation: {reason}") from None
+
+
+def break_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text in which special tokens that its author typed are characters: a zero-width space parts them."""
+    return _special_strings(tokenizer).sub(lambda match: f"{match[0][0]}\u200b{match[0][1:]}", text)
 
 
 def render_response(response: str, prompt: Prompt, template: Template) -> str:
@@ -314,7 +318,3 @@ def _special_strings(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     )
     strings = sorted((s for s in special if len(s) > 1), key=lambda s: (-len(s), s))
     return re.compile("|".join(map(re.escape, strings)) or "(?!)")
-
-
-def _broken(match: re.Match[str]) -> str:
-    return f"{match[0][0]}\u200b{match[0][1:]}"
