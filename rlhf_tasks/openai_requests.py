@@ -159,8 +159,9 @@ def _room(known: Known, tokens: int, most: int | None) -> int:
     left = known.positions - tokens
     if left < (most or 1):
         asked = f"`max_tokens: {most}`" if most else "an answer"
-        found = f"found {tokens} tokens to answer, which leave {max(left, 0)} of its {known.positions} positions"
-        raise BadRequest(400, f"{found} for {asked}; shorten it", "context_length_exceeded")
+        room = f"{max(left, 0)} of the model's {known.positions} positions for {asked}"
+        message = f"found {tokens} tokens to answer, which leave {room}; shorten it"
+        raise BadRequest(400, message, "context_length_exceeded")
     return most or min(known.max_tokens, left)
 
 
