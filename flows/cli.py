@@ -47,6 +47,7 @@ a changed parameter runs what depends on it, and a run that was killed goes on w
 * `rlhf reproduce HEAD`: do it again in a clean folder: do all digests agree?
 * `rlhf promote 3 --why "..."`, `rlhf rollback --why "..."`: another version becomes @champion
 * `rlhf serve`: the champion behind OpenAI's API
+* `rlhf chat`: talk to the champion and to SFT, side by side
 * `rlhf plan`: memory, work and time of every part, on this machine or on a GPU that you name
 * `rlhf gc`: what the store holds that nothing needs any more
 * `rlhf data check`: is anything wrong with the data, file by file and row by row?
@@ -206,6 +207,20 @@ def serve(
     from flows import serve as serving
 
     serving.serve(root, params, name, host, port)
+
+
+@app.command()
+def chat(
+    name: Annotated[
+        str, typer.Argument(metavar="[NAME]", help="models:/NAME@ALIAS or models:/NAME/VERSION; else the champion.")
+    ] = "",
+) -> None:
+    """Talk to a registered Actor and the SFT model that it came from, side by side; Ctrl-D ends it."""
+    root = Path.cwd()
+    params = load_params(root / "params.yaml")
+    from flows import chat as talk
+
+    talk.chat(root, params, name)
 
 
 @app.command()
