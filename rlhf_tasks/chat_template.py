@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_tasks.data.encoding import ALPACA, ALPACA_RESPONSE, SPEAKERS, choose_template
-from rlhf_tasks.data.formats import ANSWER
+from rlhf_tasks.data.encoding import ALPACA, ALPACA_RESPONSE, choose_template
+from rlhf_tasks.data.prompts import ANSWER, SPEAKERS
 
 if TYPE_CHECKING:
     from rlhf_tasks import config

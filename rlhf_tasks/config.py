@@ -46,7 +46,7 @@ class Runtime(Section):
 class Source(Section):
     """Files of human feedback, all of one kind; `kind` says which shapes their rows may have (docs/data.md)."""
 
-    kind: Literal["ratings", "sft", "preference", "prompts"]
+    kind: Literal["ratings", "sft", "preference", "labels", "prompts"]
     path: str | None = None
     hub: str | None = None
     revision: str | None = None

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,13 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 8192
 ROLLOUT_ROWS = 128
+
+
+class Questions(NamedTuple):
+    """N prompts: their tokens, and as they were written, the fields of a row (docs/data.md)."""
+
+    encoded: list[list[int]]
+    asked: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def run(
     answers, total = {}, 1 + evaluate.best_of
     for done, (name, model) in enumerate(models.items()):
         progress(done=done, total=total)
-        episodes = answer(model, questions, tokenizer, generation, seed)
+        episodes = answer(model, questions.encoded, tokenizer, generation, seed)
         answers[name] = measure(episodes, scorer, tokenizer, evaluate.judge)
     kl = sequence_kl(models["actor"], models["sft"], answers["actor"].episodes, generation.temperature)
     _, score_std = load_score_statistics(reward)
@@ -86,14 +93,14 @@ def run(
     equal = gains(sft_cut, actor_cut, score_std, evaluate.bootstrap, seed)
     metrics |= {f"equal_length_{name}": value for name, value in equal.items()}
     if score := load_reward_function(reward_function, tokenizer):
-        own = {name: score(questions, a.episodes.responses).double().numpy() for name, a in answers.items()}
+        own = {name: score(questions.encoded, a.episodes.responses).double().numpy() for name, a in answers.items()}
         metrics |= {f"{name}_function": float(values.mean()) for name, values in own.items()}
         metrics |= interval("function_gain", own["actor"] - own["sft"], evaluate.bootstrap, seed)
     draws = [answers["sft"]]
     for draw in range(1, evaluate.best_of):
         progress(done=1 + draw, total=total)
         others = derive_seed(seed, "evaluate", "best of", draw)
-        episodes = answer(models["sft"], questions, tokenizer, generation, others)
+        episodes = answer(models["sft"], questions.encoded, tokenizer, generation, others)
         draws.append(measure(episodes, scorer, tokenizer, evaluate.judge))
     metrics |= best_of(together(draws), score_std, evaluate.bootstrap, seed)
     progress(done=total, total=total)
@@ -102,11 +109,21 @@ def run(
     return metrics
 
 
-def heldout_prompts(prompts: Path, count: int, seed: int) -> list[list[int]]:
-    """`count` held-out prompts, encoded, in an order that belongs to the seed."""
-    column = TokenColumn(read_table(prompts / "heldout.arrow", ["input_ids"]), "input_ids")
-    check_heldout_prompts(count, len(column))
-    return [list(column[i]) for i in permutation(len(column), seed, "evaluate", "prompts")[:count]]
+def heldout_prompts(prompts: Path, count: int, seed: int) -> Questions:
+    """`count` held-out prompts, in an order that belongs to the seed."""
+    questions = read_questions(prompts / "heldout.arrow", count, (seed, "evaluate", "prompts"))
+    check_heldout_prompts(count, len(questions.encoded))
+    return questions
+
+
+def read_questions(table: Path, count: int, order: tuple[str | int, ...]) -> Questions:
+    """The first `count` prompts of a table, or all if there are fewer, in an order that belongs to some names."""
+    rows = read_table(table, ["prompt", "asked", "input_ids"])
+    column = TokenColumn(rows, "input_ids")
+    chosen = permutation(len(column), *order)[:count]
+    texts = rows.select(["prompt", "asked"]).take(chosen).to_pylist()
+    asked = [json.loads(row["asked"]) if row["asked"] else {"prompt": row["prompt"]} for row in texts]
+    return Questions([list(column[i]) for i in chosen], asked)
 
 
 def answer(
@@ -205,14 +222,14 @@ def _analyzer() -> Any:
     return SentimentIntensityAnalyzer()
 
 
-def save_samples(
-    path: Path, questions: list[list[int]], answers: dict[str, Answers], kl: np.ndarray, tokenizer: Any
-) -> None:
-    """One JSON line a prompt: both answers, their scores and judgements, the Actor's KL."""
-    prompts = tokenizer.batch_decode(questions, skip_special_tokens=True)
+def save_samples(path: Path, questions: Questions, answers: dict[str, Answers], kl: np.ndarray, tokenizer: Any) -> None:
+    """One JSON line a prompt, as the models read it and as it was asked: both answers, their scores and judgements, the
+    Actor's KL.
+    """
+    prompts = tokenizer.batch_decode(questions.encoded, skip_special_tokens=True)
     with path.open("w", encoding="utf-8") as file:
         for i, prompt in enumerate(prompts):
-            row: dict[str, Any] = {"prompt": prompt}
+            row: dict[str, Any] = {"prompt": prompt, "asked": questions.asked[i]}
             for name, side in answers.items():
                 row[name] = tokenizer.decode(side.episodes.responses[i], skip_special_tokens=True)
                 row[f"{name}_score"] = round(float(side.scores[i]), 6)

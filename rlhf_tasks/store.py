@@ -296,7 +296,7 @@ class Store:
         _sync(folder)
         self.discard(key)
         folder.rename(self.root / key)
-        _sync_folder(self.root)
+        sync_folder(self.root)
         self.forget_partial(key)
         return Entry(self.root / key, manifest)
 
@@ -471,11 +471,12 @@ def _sync(folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         else:
-            _sync_folder(path)
-    _sync_folder(folder)
+            sync_folder(path)
+    sync_folder(folder)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

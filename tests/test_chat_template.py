@@ -13,7 +13,7 @@ from tokenizers import processors
 from rlhf_tasks import config
 from rlhf_tasks.chat_template import ONE_TEXT, jinja_of, trained_template
 from rlhf_tasks.data.encoding import encode_prompt, render_prompt
-from rlhf_tasks.data.formats import Conversation, Message
+from rlhf_tasks.data.prompts import Conversation, Message
 from rlhf_tasks.models import load_tokenizer
 
 CHATS = {

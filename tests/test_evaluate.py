@@ -125,6 +125,7 @@ def test_the_stage_leaves_metrics_and_every_sample(finished: Any, tmp_path: Path
     assert sum(row["actor_score"] for row in rows) / 16 == pytest.approx(metrics["actor_score"], abs=1e-5)
     assert sum(row["sft_judge"] for row in rows) / 16 == pytest.approx(metrics["sft_judge"], abs=1e-5)
     assert sum(row["kl"] for row in rows) / 16 == pytest.approx(metrics["kl_sequence"], abs=1e-5)
+    assert all(row["asked"]["prompt"].endswith(row["prompt"]) for row in rows)  # 16 tokens of it are read
     for row in rows:  # VADER reads the whole text, opening and continuation
         assert row["actor_judge"] == vader(row["prompt"] + row["actor"])
     assert run(finished, tmp_path / "again") == metrics
@@ -170,7 +171,7 @@ def test_the_kl_is_summed_over_each_responses_own_tokens(four: Any, rollout: Epi
 
 def test_held_out_prompts_are_different_ones_in_the_seeds_order(finished: Any) -> None:
     folder = finished.workspace.root / "data/prepared/prompts"
-    first, again, other = (heldout_prompts(folder, 20, seed) for seed in (0, 0, 1))
+    first, again, other = (heldout_prompts(folder, 20, seed).encoded for seed in (0, 0, 1))
     assert first == again != other
     assert len({tuple(prompt) for prompt in first}) == 20
 
@@ -179,7 +180,7 @@ def test_too_few_held_out_prompts_are_told(finished: Any, tmp_path: Path) -> Non
     have = int(finished.entries["prepare"].manifest["metrics"]["prompts_heldout"])
     with pytest.raises(UserError, match=rf"evaluate\.prompts: found {have + 1}, .* only {have} held-out prompts"):
         run(finished, tmp_path / "out", prompts=have + 1)
-    assert len(heldout_prompts(finished.workspace.root / "data/prepared/prompts", have, 0)) == have
+    assert len(heldout_prompts(finished.workspace.root / "data/prepared/prompts", have, 0).encoded) == have
 
 
 # The judge -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from rlhf_tasks.data.encoder import Encoder
 from rlhf_tasks.data.encoding import Template
 from rlhf_tasks.data.feedback import SIDES, Feedback
 from rlhf_tasks.data.fields import NOTES
-from rlhf_tasks.data.formats import Conversation, Example, Preference, Rated, Record
+from rlhf_tasks.data.formats import Example, Preference, Rated, Record
 from rlhf_tasks.data.near import NearCopy, NearTexts
 from rlhf_tasks.data.prepare import (
     TABLES,
@@ -37,6 +37,7 @@ from rlhf_tasks.data.prepare import (
     read_all,
     table_numbers,
 )
+from rlhf_tasks.data.prompts import Conversation
 from rlhf_tasks.data.sources import Meter
 from rlhf_tasks.data.spill import first_like
 from rlhf_tasks.errors import UserError
@@ -246,6 +247,9 @@ def _dropped(feedback: Feedback) -> Iterator[Remark]:
     if feedback.too_short:
         message = "rated texts are no longer than their opening, and make no SFT row"
         yield Remark("too short", message, feedback.too_short)
+    if feedback.undecided:
+        message = "labelled pairs have no answer that more raters chose, and make no pair"
+        yield Remark.at("undecided", message, feedback.undecided)
 
 
 def _alike(feedback: Feedback) -> Iterator[Remark]:

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rlhf_tasks.data.encoding import plain_text
-from rlhf_tasks.data.formats import Conversation, Prompt
+from rlhf_tasks.data.prompts import Conversation, Prompt, plain_text
 from rlhf_tasks.data.spill import DIGEST_BYTES, Ask, Pair, Spill, Text, first_like
 from rlhf_tasks.data.texts import normal
 

@@ -31,7 +31,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             "margin": pa.float32(),
         }
     ),
-    "prompts": pa.schema({"prompt": pa.string(), "input_ids": TOKENS}),
+    "prompts": pa.schema({"prompt": pa.string(), "asked": pa.string(), "input_ids": TOKENS}),
 }
 
 #: the answers that a row of each kind has
@@ -92,8 +92,8 @@ class Encoder:
         answers = ([getattr(row, column) for row in rows] for column in ANSWERS[kind])
         return [prompts, *(encode_responses(self.tokenizer, texts, sys.maxsize) for texts in answers)]
 
-    def _prompt(self, row: Text | Pair | Ask, prompt: list[int]) -> Cells:
-        return {"prompt": row.prompt, "input_ids": self._cut("prompt", prompt, row)}
+    def _prompt(self, row: Ask, prompt: list[int]) -> Cells:
+        return {"prompt": row.prompt, "asked": row.asked, "input_ids": self._cut("prompt", prompt, row)}
 
     def _sft(self, row: Text, prompt: list[int], response: list[int]) -> Cells:
         ids = self._cut("prompt", prompt, row), self._cut("response", response, row)

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf_tasks.data.formats import Conversation, Instruction, Message, Prompt
+from rlhf_tasks.data.prompts import Conversation, Instruction, Message, Prompt, plain_text
 from rlhf_tasks.errors import UserError
 from rlhf_tasks.gguf_file import alone, read_gguf
 
@@ -33,7 +33,6 @@ ALPACA = (
 ALPACA_GIVEN = "\n\n### Input:\n"
 ALPACA_RESPONSE = "\n\n### Response:"
 
-SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 PAD, EOS = "<pad>", "<eos>"
 PIECE = 5000  # characters that merges are learnt from at once: a longer run without white space takes its square
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -88,15 +87,6 @@ def break_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 def render_response(response: str, prompt: Prompt, template: Template) -> str:
     """The response's text after a rendered prompt: a transcript's `Assistant:` is followed by a space."""
     return f" {response}" if template == "none" and isinstance(prompt, Conversation) else response
-
-
-def plain_text(prompt: Prompt) -> str:
-    """The prompt without any template."""
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, Instruction):
-        return f"{prompt.instruction}\n\n{prompt.input}" if prompt.input else prompt.instruction
-    return "".join(f"\n\n{SPEAKERS[role]}: {text}" for role, text in prompt.messages) + "\n\nAssistant:"
 
 
 def _one_turn(prompt: str | Conversation) -> str:

@@ -1,12 +1,15 @@
 """Records become rendered rows, each on its side of the split: which source feeds which data set.
 
-SFT rows come from `sft` and `ratings` sources, else from the chosen answers; pairs from `preference` and `ratings`;
-prompts from `prompts` sources, else from all the others. A rated text without a prompt is split by its whole text,
-everything else by its prompt, so that one prompt is on one side in every source.
+SFT rows come from `sft` and `ratings` sources, else from the chosen answers; pairs from `preference`, `ratings` and
+`labels`; prompts from `prompts` sources, else from all the others. Labels feed nothing but pairs: their answers are a
+model's, from which neither SFT nor a tokenizer is to learn, and their prompts came from the other sources. A rated text
+without a prompt is split by its whole text, everything else by its prompt, so that one prompt is on one side in every
+source.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_tasks.data.contracts import Dropped, clean, fingerprint, is_heldout, prompt_text, whole_text
 from rlhf_tasks.data.encoding import Template, render_prompt, render_response
-from rlhf_tasks.data.formats import Asked, Preference, Prompt, Rated, Record
+from rlhf_tasks.data.formats import Asked, Preference, Rated, Record
+from rlhf_tasks.data.judgements import Judged, by_pair, decide, standing
 from rlhf_tasks.data.pairs import continuation, merge_ratings, pairs_by_opening, pairs_by_prompt
+from rlhf_tasks.data.prompts import Prompt, prompt_fields
 from rlhf_tasks.data.spill import Ask, Pair, Spill, Text
 
 if TYPE_CHECKING:
@@ -37,6 +42,7 @@ class Feedback:
         tables: the rows by kind (sft, pairs, prompts).
         dropped: what was left out, by kind.
         too_short: rated texts that leave no response after their opening.
+        undecided: where pairs stand of which their raters prefer neither answer.
         sft_from_pairs: whether no source had SFT rows, so that they are the chosen answers.
         prompts_given: whether there were sources of prompts, so that only those count.
         too_close: the sides, True is held-out, on which `min_gap` alone keeps rated texts from making any pair.
@@ -50,9 +56,12 @@ class Feedback:
         self.prompts, self._asked = Spill(folder / "prompts", Ask), Spill(folder / "asked", Ask)
         self.dropped = {kind: Dropped() for kind in KINDS}
         self.too_short = 0
+        self.undecided: list[str] = []
         self.sft_from_pairs = self.prompts_given = False
         self.too_close: set[bool] = set()
         self._rated: list[tuple[str, Rated]] = []
+        self._judged: list[tuple[str, Judged]] = []
+        self._own_pairs = 0  # those before the judged ones
 
     @property
     def tables(self) -> dict[str, Spill[Any]]:
@@ -70,7 +79,10 @@ class Feedback:
             self._rated.append((where, record))
             return
         text = prompt_text(record.prompt)
-        side, prompt = is_heldout(text, self.heldout), Ask(self._render(record.prompt), where)
+        side, prompt = is_heldout(text, self.heldout), self._ask(record.prompt, where)
+        if isinstance(record, Judged):
+            self._judged.append((where, record))
+            return
         if isinstance(record, Asked):
             self._asked.add(prompt, side, [fingerprint(text)])
             return
@@ -92,6 +104,8 @@ class Feedback:
         whole = [(text, score) for p, text, score in merged if p is None]
         self._finish_prompted(prompted, seed, ratings, places)
         self._finish_openings(whole, seed, ratings, places)
+        self._own_pairs = len(self.pairs)
+        self._finish_judged()
         self.pairs.seal()
         if missing := {side for side in (True, False) if not (self.pairs.heldout == side).any()}:
             self.too_close = missing & set(self._sides_with_pairs(prompted, whole, seed))
@@ -110,6 +124,11 @@ class Feedback:
         table = self.tables[kind]
         return table.kept & (table.heldout == (side == "heldout"))
 
+    def taught(self, kind: str) -> npt.NDArray[np.bool_]:
+        """Which training rows of a table a tokenizer may learn from, `[rows]`: of pairs, those that nobody labelled."""
+        wanted = self.wanted(kind, "train")
+        return wanted & (np.arange(len(wanted)) < self._own_pairs) if kind == "pairs" else wanted
+
     def _finish_prompted(
         self,
         rated: list[tuple[Prompt, str, float]],
@@ -118,11 +137,11 @@ class Feedback:
         places: dict[tuple[Prompt | None, str], str],
     ) -> None:
         for prompt, text, _ in rated:
-            side, ask = is_heldout(prompt_text(prompt), self.heldout), Ask(self._render(prompt), places[prompt, text])
+            side, ask = is_heldout(prompt_text(prompt), self.heldout), self._ask(prompt, places[prompt, text])
             self._add_example(ask, prompt, text, side)
             self.prompts.add(ask, side, [fingerprint(prompt_text(prompt))])
         for pair in pairs_by_prompt(rated, seed, ratings.min_gap, ratings.pairs_per_text):
-            ask = Ask(self._render(pair.prompt), places[pair.prompt, pair.chosen])
+            ask = self._ask(pair.prompt, places[pair.prompt, pair.chosen])
             self._add_pair(ask, pair, is_heldout(prompt_text(pair.prompt), self.heldout))
 
     def _finish_openings(
@@ -138,14 +157,28 @@ class Feedback:
         for side, texts in sides.items():
             for text, _ in texts:
                 if parts := continuation(text, ratings.opening_words, seed):
-                    ask = Ask(self._render(parts[0]), places[None, text])
+                    ask = self._ask(parts[0], places[None, text])
                     self._add_example(ask, *parts, side)
                     self.prompts.add(ask, side, [fingerprint(prompt_text(parts[0]))])
                 else:
                     self.too_short += 1
             for pair in pairs_by_opening(texts, seed, ratings.min_gap, ratings.pairs_per_text):
                 where = places[None, f"{pair.prompt}{pair.chosen}"]
-                self._add_pair(Ask(self._render(pair.prompt), where), pair, side)
+                self._add_pair(self._ask(pair.prompt, where), pair, side)
+
+    def _finish_judged(self) -> None:
+        places: dict[str, str] = {}
+        for where, record in self._judged:
+            places.setdefault(record.pair, where)
+        found = by_pair(standing(record for _, record in self._judged))
+        self._judged.clear()
+        for name, judged in found.items():
+            if decided := decide(judged):
+                pair = Preference(judged[0].prompt, *decided)
+                side = is_heldout(prompt_text(pair.prompt), self.heldout)
+                self._add_pair(self._ask(pair.prompt, places[name]), pair, side)
+            else:
+                self.undecided.append(places[name])
 
     def _sides_with_pairs(
         self, prompted: list[tuple[Prompt, str, float]], whole: list[tuple[str, float]], seed: int
@@ -158,8 +191,8 @@ class Feedback:
             yield from (side for _ in pairs_by_opening(texts, seed, 0.0, 1))
 
     def _learn_chosen(self) -> None:
-        row = 0
-        for batch in self.pairs.batches():
+        row, own = 0, np.arange(len(self.pairs)) < self._own_pairs
+        for batch in self.pairs.batches(own):
             for pair in batch:
                 side, texts = bool(self.pairs.heldout[row]), [self.pairs.texts[row, 0].tobytes()]
                 self.sft.add(Text(pair.prompt, pair.chosen, pair.where), side, texts)
@@ -174,6 +207,10 @@ class Feedback:
         chosen, rejected = (render_response(answer, prompt, self.template) for answer in answers)
         row = Pair(ask.prompt, chosen, rejected, pair.margin, ask.where)
         self.pairs.add(row, heldout, [whole_text(prompt, answer) for answer in answers])
+
+    def _ask(self, prompt: Prompt, where: str) -> Ask:
+        text, fields = self._render(prompt), prompt_fields(prompt)
+        return Ask(text, "" if fields == {"prompt": text} else json.dumps(fields, ensure_ascii=False), where)
 
     def _render(self, prompt: Prompt) -> str:
         return render_prompt(prompt, self.template, self.tokenizer)

@@ -11,17 +11,20 @@ from typing import Any, Literal
 from rlhf_tasks.data.texts import listed, printable, show
 from rlhf_tasks.errors import UserError
 
-Kind = Literal["ratings", "sft", "preference", "prompts"]
+Kind = Literal["ratings", "sft", "preference", "labels", "prompts"]
 
-#: the fields that a row of any kind may have
+#: the fields that a row of any kind may have, and what `fields` may name
 FIELDS = (
     *("prompt", "completion", "instruction", "input", "output", "messages"),
     *("chosen", "rejected", "margin", "text", "rating", "ratings"),
 )
+#: those that a label has besides; nobody but `rlhf label` writes them
+LABELLED = ("answers", "choice", "rater", "pair", "digests", "scores", "models")
 SHAPES: dict[str, str] = {
     "sft": "`instruction`, `input` and `output`; or `prompt` and `completion`; or `messages`",
     "preference": "`prompt`, `chosen` and `rejected`; or `chosen` and `rejected` as whole transcripts or messages",
     "ratings": "`text` and `ratings` or `rating`, with or without `prompt`",
+    "labels": "what `rlhf label` writes: `prompt`, `answers`, `choice`, `rater`, `pair`, `digests`",
     "prompts": "`prompt`; or the fields of an sft or preference row",
 }
 
@@ -51,6 +54,9 @@ class Reading:
     names: Mapping[str, str] = field(default_factory=dict)
     repeated: bool = False
     on_note: OnNote = lambda where, note: None
+
+
+LABELS = Reading("labels", scale=(0, 0))  # nothing of a label is on the scale
 
 
 class RowError(UserError):

@@ -1,8 +1,4 @@
-"""The row shapes that human feedback comes in (DESIGN: Data), read into one record a kind.
-
-A prompt is a plain text, an `Instruction`, or a `Conversation` whose last message is the user's. How it is written for
-a model is a matter of the template (encoding.py).
-"""
+"""The row shapes that human feedback comes in (DESIGN: Data), read into one record a kind."""
 
 from __future__ import annotations
 
@@ -11,44 +7,23 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from rlhf_tasks.data.fields import Fields, Reading
+from rlhf_tasks.data.fields import LABELS, Fields, Reading
+from rlhf_tasks.data.judgements import CHOICES, Judged, pair_digest, text_digest
+from rlhf_tasks.data.prompts import ANSWER, Conversation, Instruction, Message, Prompt, prompt_fields
 from rlhf_tasks.data.repeats import take_prompt_off
 from rlhf_tasks.data.texts import normal, show
 from rlhf_tasks.errors import UserError
 
 ROLES = ("system", "user", "assistant")
-ANSWER = "\n\nAssistant:"
 TURN = re.compile(r"\n\n(Human|Assistant):")
+Value = TypeVar("Value")
 
 #: fields that may hold a list of messages; CSV brings it as its JSON text
 TALK = ("prompt", "completion", "messages", "chosen", "rejected", "text")
 LISTED = re.compile(r"\s*\[\s*\{")
 PRINTED = re.compile(r"\s*\[\s*\{'(role|content)'")
-
-
-class Message(NamedTuple):
-    """One turn of a conversation; `role` is system, user or assistant."""
-
-    role: str
-    content: str
-
-
-class Instruction(NamedTuple):
-    """An alpaca prompt; `input` may be empty."""
-
-    instruction: str
-    input: str
-
-
-class Conversation(NamedTuple):
-    """What was said before the answer."""
-
-    messages: tuple[Message, ...]
-
-
-Prompt = str | Instruction | Conversation
 
 
 class Example(NamedTuple):
@@ -81,7 +56,21 @@ class Asked(NamedTuple):
     prompt: Prompt
 
 
-Record = Example | Preference | Rated | Asked
+class Compared(NamedTuple):
+    """Two answers to one prompt, what the reward model gives them and which models gave them, if that is known."""
+
+    prompt: Prompt
+    answers: tuple[str, str]
+    scores: tuple[float, float] | None
+    models: tuple[str, str] | None
+
+    @property
+    def pair(self) -> str:
+        """What stands for them in either order."""
+        return pair_digest(prompt_fields(self.prompt), self.answers)
+
+
+Record = Example | Preference | Rated | Judged | Asked
 
 
 def parse_row(where: str, row: Mapping[str, Any], reading: Reading) -> Record:
@@ -97,6 +86,15 @@ def parse_row(where: str, row: Mapping[str, Any], reading: Reading) -> Record:
     for note in fields.notes:
         reading.on_note(where, note)
     return record
+
+
+def parse_compared(where: str, row: Mapping[str, Any]) -> Compared:
+    """The row of a pair that is to be judged.
+
+    Raises:
+        UserError: a field is missing, empty or of the wrong type, or the answers are the same.
+    """
+    return _answers(_Talk(where, row, LABELS))
 
 
 # Conversations --------------------------------------------------------------------------------------------------------
@@ -357,6 +355,48 @@ def _rating(fields: _Talk, name: str, value: Any) -> float:
     return number
 
 
+def _judged(fields: _Talk) -> Judged:
+    found, choice, rater = fields.each(
+        lambda: _answers(fields),
+        lambda: _choice(fields),
+        lambda: fields.text("rater", fields.get("rater")),
+    )
+    for name, digest in (("pair", found.pair), ("digests", list(map(text_digest, found.answers)))):
+        if fields.get(name) != digest:
+            raise fields.wrong(name, "not of these texts", "those that were judged; restore the line, or remove it")
+    return Judged(found.prompt, found.answers, choice, rater, found.pair, found.scores, found.models)
+
+
+def _choice(fields: _Talk) -> str:
+    choice = fields.get("choice")
+    if choice not in CHOICES:
+        raise fields.wrong("choice", show(choice), f"one of {', '.join(CHOICES)}")
+    return str(choice)
+
+
+def _answers(fields: _Talk) -> Compared:
+    prompt = _asked(fields)
+    answers = _two(fields, "answers", partial(_given, fields, prompt))
+    if answers[0] == answers[1]:
+        raise fields.wrong("answers", "the same text twice", "two different answers")
+    scores = _two(fields, "scores", fields.number) if "scores" in fields else None
+    return Compared(prompt, answers, scores, _two(fields, "models", fields.text) if "models" in fields else None)
+
+
+def _given(fields: _Talk, prompt: Prompt, name: str, value: Any) -> str:
+    """An answer as a model gave it; whether one may go on with the human's turn is for people to judge."""
+    text = fields.answer(name, value, None)
+    return text.strip() if isinstance(prompt, Conversation) else text
+
+
+def _two(fields: _Talk, name: str, read: Callable[[str, Any], Value]) -> tuple[Value, Value]:
+    values = fields.get(name)
+    if not isinstance(values, list) or len(values) != 2:
+        raise fields.wrong(name, show(values), "a list of two, one for each answer")
+    first, second = fields.each(*(partial(read, f"{name}[{n}]", value) for n, value in enumerate(values, 1)))
+    return first, second
+
+
 def _asked(fields: _Talk) -> Prompt:
     talk = None
     if fields.has("messages"):
@@ -376,5 +416,6 @@ SHAPE_OF: dict[str, Callable[[_Talk], Record]] = {
     "sft": _example,
     "preference": _preference,
     "ratings": _rated,
+    "labels": _judged,
     "prompts": lambda fields: Asked(_asked(fields)),
 }

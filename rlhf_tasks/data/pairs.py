@@ -10,7 +10,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from rlhf_tasks.data.formats import Preference, Prompt, Rated
+from rlhf_tasks.data.formats import Preference, Rated
+from rlhf_tasks.data.prompts import Prompt
 from rlhf_tasks.data.texts import normal
 from rlhf_tasks.seeds import derive_seed
 

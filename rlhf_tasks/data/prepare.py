@@ -80,6 +80,7 @@ def run(*, seed: int, data: config.Data, model: config.Model, out: Path, progres
         "noted": dict(noted),
         "dropped": {kind: dropped.counts() for kind, dropped in feedback.dropped.items()},
         "too_short": feedback.too_short,
+        "undecided": len(feedback.undecided),
         "vocabulary": len(tokenizer),
         **numbers,
     }
@@ -121,7 +122,7 @@ class Steps:
             learnt: the kinds of rows that a tokenizer will be trained on.
         """
         self.total = self.done + sum(int(table.kept.sum()) for table in feedback.tables.values())
-        self.total += sum(int(feedback.wanted(kind, "train").sum()) for kind in learnt)
+        self.total += sum(int(feedback.taught(kind).sum()) for kind in learnt)
 
     def passed(self, rows: int) -> None:
         """Some rows have been learnt from or encoded."""
@@ -131,8 +132,9 @@ class Steps:
 
 def check_kinds(data: config.Data) -> None:
     """Raises a `UserError` if no source can teach the reward model."""
-    if not any(source.kind in ("preference", "ratings") for source in data.sources):
-        raise UserError("`data.sources`: no source of kind preference or ratings; the reward model learns from those")
+    if not any(source.kind in ("preference", "ratings", "labels") for source in data.sources):
+        kinds = "preference, ratings or labels"
+        raise UserError(f"`data.sources`: no source of kind {kinds}; the reward model learns from those")
 
 
 def check_rows(kind: str, side: str, rows: int, data: config.Data, feedback: Feedback) -> None:
@@ -244,14 +246,14 @@ def learn_tokenizer(
     """A tokenizer of the training texts."""
 
     def texts() -> Iterator[str]:
-        for rows in feedback.sft.batches(feedback.wanted("sft", "train")):
+        for rows in feedback.sft.batches(feedback.taught("sft")):
             for row in rows:
                 yield from (row.prompt, row.response)
             steps.passed(len(rows))
         # Else what people rejected, which SFT never sees, falls into more tokens, and that gives it away.
         # (The texts of rated pairs are SFT's own.)
         rejected = any(source.kind == "preference" for source in data.sources)
-        for pairs in feedback.pairs.batches(feedback.wanted("pairs", "train")):
+        for pairs in feedback.pairs.batches(feedback.taught("pairs")):
             yield from (pair.rejected for pair in pairs if rejected)
             steps.passed(len(pairs))
 

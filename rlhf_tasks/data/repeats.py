@@ -17,7 +17,14 @@ LOOKED_AT = 64
 ECHO = 16
 """Characters of prompts, one or some, from which on they hardly come to stand in front of all answers by chance."""
 
-ANSWERS = {"sft": ("completion",), "preference": ("chosen", "rejected"), "ratings": ("text",), "prompts": ()}
+#: the fields that may repeat the prompt; labels have none, as their answers are judged as they are
+ANSWERS = {
+    "sft": ("completion",),
+    "preference": ("chosen", "rejected"),
+    "ratings": ("text",),
+    "labels": (),
+    "prompts": (),
+}
 
 
 def repeats_prompts(rows: Iterable[Mapping[str, Any]], reading: Reading) -> bool:

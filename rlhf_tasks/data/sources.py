@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlhf_tasks.data.fields import FIELDS, inside, swapped
+from rlhf_tasks.data.fields import FIELDS, LABELLED, inside, swapped
 from rlhf_tasks.data.files import KINDS, kind_of, source_files
 from rlhf_tasks.data.json_files import not_utf8, read_json, read_jsonl
 from rlhf_tasks.data.texts import listed, printable
@@ -103,6 +103,7 @@ def read_rows(source: Source, meter: Meter | None = None) -> Items:
 
 def _read_files(source: Source, meter: Meter) -> Items:
     path, wanted = str(source.path), [*FIELDS, *source.fields.values()]
+    wanted += LABELLED if source.kind == "labels" else ()
     try:
         files = source_files(path)
     except UserError as error:

@@ -39,9 +39,13 @@ class Pair(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """A rendered prompt, and where it came from."""
+    """A rendered prompt, what it was rendered from, and where it came from.
+
+    `asked` is the fields of a row (docs/data.md) as JSON; empty where that is `prompt` as it stands.
+    """
 
     prompt: str
+    asked: str
     where: str
 
 

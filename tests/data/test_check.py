@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 from rlhf_tasks.config import Model, parse_params
 from rlhf_tasks.data.check import Report, check
+from rlhf_tasks.data.formats import Compared
 from rlhf_tasks.data.near import SIMILAR, NearTexts, signed, similarity
 from rlhf_tasks.data.prepare import run
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.label_file import line
 
 ROOT = Path(__file__).resolve().parents[2]
 NOUNS = ["tea", "rain", "chess", "bread", "jazz", "snow", "maps", "clocks", "rivers", "owls", "glass", "ships"]
@@ -161,6 +163,11 @@ BROKEN = {
         "sft",
         b'{"prompt": "\\ud800", "completion": "x"}',
         [(":1", "no valid Unicode at character 1")],
+    ),
+    "25-edited-labels.jsonl": (
+        "labels",
+        lines(line(Compared("p", ("a", "b"), None, None), "tie", "ada") | {"answers": ["a", "B"]}, P),
+        [(":1", "`pair` is not of these texts"), (":2", "no `answers`"), (":2", "no `choice`"), (":2", "no `rater`")],
     ),
     "22-empty.jsonl": ("sft", b"\n\n", [("", "holds no rows")]),
     "23-notes.txt": ("sft", b"text", [("", r"unknown kind of file `\.txt`")]),
@@ -312,6 +319,17 @@ def test_duplicates_and_contradictions_name_both_rows(tmp_path):
     assert found["duplicates"].places == [f"{path}:97 and {path}:4"]
     assert sorted(found["contradictions"].places) == [f"{path}:6 and {path}:98", f"{path}:98 and {path}:6"]
     assert found["contradictions"].files == {str(path): 2}
+
+
+def test_pairs_that_raters_left_undecided_are_said(tmp_path):
+    compared = Compared(GOOD[0]["prompt"], (" one", " other"), None, None)
+    said = [("first", "ada"), ("second", "bob"), ("skip", "eve")]
+    (tmp_path / "labels.jsonl").write_bytes(lines(*(line(compared, choice, rater) for choice, rater in said)))
+    labels = {"kind": "labels", "path": str(tmp_path / "labels.jsonl")}
+    report = look(tmp_path, write_good(tmp_path), labels)
+    assert remarks(report)["undecided"].places == [f"{tmp_path / 'labels.jsonl'}:1"]
+    assert report.rows["labels.jsonl"] == 3
+    assert not report.problems
 
 
 def test_the_numbers_are_those_of_prepare(tmp_path):

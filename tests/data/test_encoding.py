@@ -21,7 +21,7 @@ from rlhf_tasks.data.encoding import (
     render_response,
     train_tokenizer,
 )
-from rlhf_tasks.data.formats import Conversation, Instruction, Message
+from rlhf_tasks.data.prompts import Conversation, Instruction, Message
 from rlhf_tasks.errors import UserError
 
 TEXTS = [

@@ -1,5 +1,6 @@
 """Which source feeds what, and that no text ends up on both sides of the split."""
 
+import json
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,11 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from labels import judged
 
 from rlhf_tasks.config import Ratings
 from rlhf_tasks.data.contracts import Dropped, drop_leaks, is_heldout, whole_text
 from rlhf_tasks.data.feedback import Feedback
-from rlhf_tasks.data.formats import Asked, Conversation, Example, Instruction, Message, Preference, Rated
+from rlhf_tasks.data.fields import Reading
+from rlhf_tasks.data.formats import Asked, Example, Preference, Rated, parse_row
+from rlhf_tasks.data.prompts import Conversation, Instruction, Message
 from rlhf_tasks.data.spill import Spill, Text, first_like
 from rlhf_tasks.data.texts import normal
 
@@ -24,6 +28,7 @@ records = st.one_of(
     st.builds(Preference, short, short.map(" {}".format), short.map(" {} ".format), st.just(0.0)),
     st.builds(Rated, st.none() | short, short, st.tuples(scores)),
     st.builds(Asked, short),
+    st.builds(judged, st.sampled_from(["first", "second", "tie", "withdrawn"]), st.sampled_from(["ada", "bob"]), short),
 )
 
 
@@ -36,8 +41,9 @@ class Gathered:
             sides = table.heldout[table.kept].tolist()
             together = zip(kept, sides, strict=True)
             setattr(self, kind, [SimpleNamespace(**row._asdict(), heldout=side) for row, side in together])
+        self.taught = [row.chosen for rows in feedback.pairs.batches(feedback.taught("pairs")) for row in rows]
         self.dropped = {kind: dropped.counts() for kind, dropped in feedback.dropped.items()}
-        self.too_short = feedback.too_short
+        self.too_short, self.undecided = feedback.too_short, feedback.undecided
 
 
 def gather(rows, heldout=0.5, template="none", seed=0):
@@ -113,6 +119,39 @@ def test_sources_feed_what_the_design_says():
     assert [row.prompt for row in gather([example, pair, Asked("x")]).prompts] == ["x"]
     assert [(row.prompt + row.response) for row in gather([rated, example]).sft] == ["p r", "a b c d"]
     assert gather([Rated(None, "Good", (1.0,))]).too_short == 1
+
+
+def test_labels_feed_pairs_and_nothing_else():
+    """One pair of all raters, on its prompt's side; a tokenizer, and SFT, learn from what people wrote."""
+    own = Preference("It's a", " film", " movie", 2.0)
+    lines = [
+        judged("first"),
+        judged("second", "bob"),
+        judged("second", "eve", answers=(" bad film", " good film")),
+        judged("tie", prompt="All in"),
+        judged("first", prompt="Who", answers=(" wrote it?", " did?")),
+        judged("withdrawn", prompt="Who", answers=(" wrote it?", " did?")),
+    ]
+    found = gather([own, *lines], heldout=0.0001)
+    assert [(row.chosen, row.rejected, row.where) for row in found.pairs] == [
+        (" film", " movie", "file:1"),
+        (" good film", " bad film", "file:2"),
+    ]
+    assert [row.margin for row in found.pairs] == [2.0, pytest.approx(1 / 3)]
+    assert {row.heldout for row in gather([own, *lines]).pairs} in ({True}, {False})
+    assert found.undecided == ["file:5"]
+    assert [row.response for row in found.sft] == [" film"]
+    assert [row.prompt for row in found.prompts] == ["It's a"]
+    assert found.taught == [" film"]
+
+
+def test_a_prompt_is_remembered_as_it_was_asked():
+    talk = Conversation((Message("system", "Be kind."), Message("user", "שלום")))
+    asked = [Asked("Hi"), Asked(Instruction("Add", "1 1")), Asked(talk)]
+    found = gather([*asked, Example("x", "y")], template="alpaca")
+    assert [parse_row("", json.loads(row.asked), Reading("prompts", (0, 0))) for row in found.prompts] == asked
+    bare = gather([*asked, Example("x", "y")], template="none").prompts
+    assert [row.asked == "" for row in bare] == [True, False, False], "as it stands where that is it"
 
 
 def test_conversations_keep_their_space_in_pairs_and_examples():

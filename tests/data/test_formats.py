@@ -6,9 +6,12 @@ import math
 import pytest
 
 from rlhf_tasks.data.fields import Reading
-from rlhf_tasks.data.formats import Asked, Conversation, Example, Instruction, Message, Preference, Rated, parse_row
+from rlhf_tasks.data.formats import Asked, Compared, Example, Preference, Rated, parse_row
+from rlhf_tasks.data.judgements import Judged
+from rlhf_tasks.data.prompts import Conversation, Instruction, Message
 from rlhf_tasks.data.repeats import repeats_prompts
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.label_file import line
 
 SCALE = (-4, 4)
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -18,6 +21,8 @@ SAID = Conversation(tuple(Message(m["role"], m["content"]) for m in LONG))
 ASKED = Conversation((Message("user", "Hello"),))
 TURNS = "\n\nHuman: Hello\n\nAssistant: Hi!\n\nHuman: Who? \n\nAssistant:"
 TALK = Conversation((Message("user", "Hello"), Message("assistant", "Hi!"), Message("user", "Who?")))
+GOES_ON = ("Hi!\n\nHuman: Who?", "Yo.")
+LABEL = line(Compared("a", ("b", "c"), (0.5, -1.0), ("sft", "actor")), "first", "ada")
 
 
 def parse(kind, row, **how):
@@ -89,6 +94,13 @@ GOOD = [
     ("ratings", {"text": "Good", "rating": -4, "prompt": ""}, Rated(None, "Good", (-4,))),
     ("ratings", {"text": "Good", "ratings": "[1, 2]"}, Rated(None, "Good", (1, 2))),
     ("ratings", {"text": "Good", "rating": "3.5"}, Rated(None, "Good", (3.5,))),
+    ("labels", LABEL, Judged("a", ("b", "c"), "first", "ada", LABEL["pair"], (0.5, -1.0), ("sft", "actor"))),
+    (
+        "labels",
+        judged := line(Compared(ASKED, GOES_ON, None, None), "second", "ada"),
+        Judged(ASKED, GOES_ON, "second", "ada", judged["pair"]),
+    ),
+    ("labels", LABEL | {"scores": None, "models": None}, Judged("a", ("b", "c"), "first", "ada", LABEL["pair"])),
     ("prompts", {"prompt": "a"}, Asked("a")),
     ("prompts", {"prompt": HELLO}, Asked(ASKED)),
     ("prompts", {"messages": LONG}, Asked(SAID)),
@@ -173,6 +185,17 @@ BAD = [
     ),
     ("ratings", {"text": "Good", "ratings": 3}, "`ratings` is 3, expected a list of at least one number"),
     ("ratings", {"text": "Good", "ratings": "good"}, '`ratings` is "good", expected a list of at least one number'),
+    ("labels", {"prompt": "a"}, "no `answers`; found `prompt`; a row of kind labels has what `rlhf label` writes: `pr"),
+    ("labels", LABEL | {"answers": ["b"]}, '`answers` is ["b"], expected a list of two, one for each answer'),
+    ("labels", LABEL | {"answers": ["b", ""]}, "`answers[2]` is empty, expected a text with at least one word"),
+    ("labels", LABEL | {"answers": ["b", "b"]}, "`answers` is the same text twice, expected two different answers"),
+    ("labels", LABEL | {"choice": "best"}, '`choice` is "best", expected one of first, second, tie, both bad, skip, w'),
+    ("labels", LABEL | {"rater": " "}, "`rater` is empty, expected a text"),
+    ("labels", LABEL | {"scores": [1, "x"]}, '`scores[2]` is "x", expected a finite number'),
+    ("labels", LABEL | {"models": "sft"}, '`models` is "sft", expected a list of two, one for each answer'),
+    ("labels", LABEL | {"answers": ["b", "d"]}, "`pair` is not of these texts, expected those that were judged; rest"),
+    ("labels", LABEL | {"prompt": "b"}, "`pair` is not of these texts, expected those that were judged"),
+    ("labels", LABEL | {"digests": ["", ""]}, "`digests` is not of these texts, expected those that were judged"),
     (
         "prompts",
         {"text": "a"},
@@ -326,6 +349,11 @@ APART = {"prompt": "The end", "chosen": " is good", "rejected": " is bad"}
         ("sft", [{"prompt": "def f(x):", "completion": "def f(x):\n    return x"}] * 2, True),
         ("ratings", [{"prompt": "The end of it ", "text": " The end of it is near", "rating": 1}] * 2, True),
         ("prompts", [{"prompt": "The end of the film"}], False),
+        (
+            "labels",
+            [line(Compared("The end of it", ("The end of it is near", "The end of it."), None, None), "tie", "ada")],
+            False,
+        ),
         ("preference", [], False),
     ],
 )

@@ -18,9 +18,11 @@ from transformers import LlamaConfig
 
 from rlhf_tasks.config import parse_params
 from rlhf_tasks.data.encoding import encode_prompt, encode_response, load_tokenizer
+from rlhf_tasks.data.formats import Compared
 from rlhf_tasks.data.prepare import run
 from rlhf_tasks.data.tables import TokenColumn, read_table
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.label_file import LabelFile
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {
@@ -179,6 +181,37 @@ def test_another_seed_moves_nothing_across_the_split(preferences, tmp_path):
     assert digests(tmp_path / "0") == digests(tmp_path / "1")
 
 
+@pytest.mark.parametrize("template", ["none", "alpaca"])
+def test_labels_change_the_pairs_and_nothing_else(tmp_path, preferences, template):
+    """What SFT, the tokenizer and PPO's prompts are made of stays to the bit: only the reward model learns anew."""
+    file = LabelFile(tmp_path / "labels.jsonl")
+    for number in range(20):
+        file.add(Compared(f"Question {number}", (f" so {number}", f" or {number}"), None, None), "second", "ada")
+        file.add(Compared(f"Question {number}", (f" or {number}", f" so {number}"), None, None), "tie", "bob")
+    own = {"kind": "preference", "path": preferences}
+    made = {}
+    for name, sources in {"own": [own], "both": [{"kind": "labels", "path": str(file.path)}, own]}.items():
+        prepare(tmp_path / name, {"sources": sources, "template": template, "heldout": 0.5})
+        found = digests(tmp_path / name)
+        made[name] = {file: digest for file, digest in found.items() if not file.startswith(("pairs/", "metrics"))}
+    assert made["own"] == made["both"]
+    both, own = (
+        {(r["chosen"], r["margin"]) for t in TABLES[2:4] for r in rows(tmp_path / n, t)} for n in ("both", "own")
+    )
+    assert both - own == {(f" or {number}", 0.5) for number in range(20)}
+    for side in ("train", "heldout"):
+        asked = {row["prompt"] for row in rows(tmp_path / "both", f"prompts/{side}")}
+        assert {row["prompt"] for row in rows(tmp_path / "both", f"pairs/{side}")} <= asked
+
+
+def test_labels_alone_have_nothing_for_sft(tmp_path):
+    file = LabelFile(tmp_path / "labels.jsonl")
+    for number in range(40):
+        file.add(Compared(f"Question {number}", ("a", "b"), None, None), "first", "ada")
+    with pytest.raises(UserError, match=r"no rows are left for sft/train; .* or add data"):
+        prepare(tmp_path / "out", {"sources": [{"kind": "labels", "path": str(file.path)}]})
+
+
 def test_files_of_every_kind_together(tmp_path, preferences):
     alpaca = [{"instruction": f"介绍一下 {i}", "input": "", "output": f"答案 {i} 🎬"} for i in range(30)]
     (tmp_path / "alpaca.json").write_text(json.dumps(alpaca))
@@ -254,7 +287,7 @@ ERRORS = [
     (
         {"sources": [{"kind": "sft", "path": "x.jsonl"}]},
         {},
-        r"`data\.sources`: no source of kind preference or ratings",
+        r"`data\.sources`: no source of kind preference, ratings or labels",
     ),
     ({"heldout": 0.000001}, {}, r"no rows are left for sft/heldout: raise `data\.heldout` \(1e-06\), or add data$"),
     ({"heldout": 0.999999}, {}, r"no rows are left for sft/train: lower `data\.heldout` \(0\.999999\), or add data$"),
@@ -378,7 +411,7 @@ def test_datasets_opens_what_was_prepared(shipped):
 
 def test_the_training_side_needs_none_of_the_heavy_readers():
     """What SFT, reward and PPO import of this package runs where there is only torch, transformers and pyarrow."""
-    for name in ("encoding", "formats", "tables"):
+    for name in ("encoding", "formats", "prompts", "tables"):
         tree = ast.parse((ROOT / "rlhf_tasks" / "data" / f"{name}.py").read_text(encoding="utf-8"))
         imported = {alias.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
         imported |= {str(n.module).split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}

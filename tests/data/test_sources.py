@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from rlhf_tasks.config import Source
 from rlhf_tasks.data import json_files
 from rlhf_tasks.data.files import source_files
+from rlhf_tasks.data.formats import Compared
 from rlhf_tasks.data.sources import Meter, read_rows
 from rlhf_tasks.errors import UserError
+from rlhf_tasks.label_file import line
 
 ROWS = [
     {"prompt": "你好,世界", "completion": " 电影很好看 🎬"},
@@ -67,6 +69,13 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind, end):
     path = write(tmp_path, f"rows.{kind}{end}")
     places = {"jsonl": [":1", ":3", ":4"], "csv": [":2", ":3", ":5"]}.get(kind, [":row 1", ":row 2", ":row 3"])
     assert read(path) == [(f"{path}{place}", row) for place, row in zip(places, ROWS, strict=True)]
+
+
+def test_all_of_a_label_is_read_from_parquet(tmp_path):
+    row = line(Compared("a", ("b", "c"), (0.5, -1.0), ("sft", "actor")), "first", "ada")
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    ((_, found),) = read_rows(Source(kind="labels", path=str(tmp_path / "rows.parquet")))
+    assert {name: value for name, value in found.items() if name != "time"} | {"time": row["time"]} == row
 
 
 def test_a_json_list_is_read_like_its_data_object(tmp_path):
