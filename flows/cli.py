@@ -51,6 +51,7 @@ a changed parameter runs what depends on it, and a run that was killed goes on w
 * `rlhf plan`: memory, work and time of every part, on this machine or on a GPU that you name
 * `rlhf gc`: what the store holds that nothing needs any more
 * `rlhf data check`: is anything wrong with the data, file by file and row by row?
+* `rlhf label`: a page on which people say which of two answers is better, to learn from
 * `rlhf doctor`: is anything wrong with the configuration or the checkpoints?
 * `dvc repro`: the same work through DVC; `mlflow ui`: every run's curves and the registered models
 """,
@@ -262,6 +263,33 @@ def doctor() -> None:
         say_finding(finding)
         findings.append(finding)
     sys.exit(1 if any(finding.fault for finding in findings) else 0)
+
+
+@app.command()
+def label(
+    pairs: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A prompt and two answers a row; samples/evaluate.jsonl.")
+    ] = None,
+    draw: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="First have SFT and the Actor answer N training prompts.")
+    ] = None,
+    into: Annotated[Path, typer.Option(metavar="FILE", help="What is said is added to it.")] = Path(
+        "data/labels.jsonl"
+    ),
+    host: Annotated[str, typer.Option(help="Where to listen; any other than this machine is for all who reach it.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Its port; 0 takes a free one.")] = 8765,
+) -> None:
+    """Show people a prompt and two answers, on a page on this machine, and keep what they say (docs/label.md)."""
+    root = Path.cwd()
+    if pairs and draw:
+        raise UserError("--draw: shows what it draws; leave --pairs out, or give its file later as --pairs")
+    params = load_params(root / "params.yaml")
+    from flows import label as labelling
+
+    shown = labelling.draw(root, params, draw) if draw else pairs or Path(STAGES["evaluate"].outs["samples.jsonl"])
+    labelling.serve(root, params, shown, into, host, port)
 
 
 data = typer.Typer(no_args_is_help=True, help="Look at the data of `data.sources`.")
