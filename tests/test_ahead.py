@@ -43,7 +43,10 @@ def test_nothing_speaks_against_a_project_that_is_right(new: Workspace) -> None:
     ("assignments", "said"),
     [
         (["data.template=chat"], r"`data\.template: chat`: the tokenizer has no chat template"),
-        (["data.sources=[{kind: sft, path: data/raw/ratings.jsonl}]"], r"no source of kind preference, ratings or labels"),
+        (
+            ["data.sources=[{kind: sft, path: data/raw/ratings.jsonl}]"],
+            r"no source of kind preference, ratings or labels",
+        ),
         (["reward.trainable_layers=2"], r"reward\.trainable_layers: found 2, but the model has 2 layers"),
         (
             ["generation.max_new_tokens=2048"],
