@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PARAMS
 from mlflow import MlflowClient
+from tiny import PARAMS
 
 from flows.cli import app
 from rlhf_tasks import champion

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CPU, REPOSITORY, Finished
+from tiny import CPU, REPOSITORY, Finished
 
 from rlhf_tasks import config, registry
 from rlhf_tasks.chat import SFT, Speaker, find_sft, sampling_of

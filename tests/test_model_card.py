@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import CPU
+from tiny import CPU
 
 from rlhf_tasks import facts, lineage, registry
 from rlhf_tasks.digests import digest_file

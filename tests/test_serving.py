@@ -21,7 +21,7 @@ import openai
 import pytest
 import torch
 import uvicorn
-from conftest import CPU, PARAMS, REPOSITORY
+from tiny import CPU, PARAMS, REPOSITORY
 
 from rlhf_tasks import config, registry
 from rlhf_tasks.chat_template import jinja_of

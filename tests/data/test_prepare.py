@@ -208,7 +208,7 @@ def test_labels_alone_have_nothing_for_sft(tmp_path):
     file = LabelFile(tmp_path / "labels.jsonl")
     for number in range(40):
         file.add(Compared(f"Question {number}", ("a", "b"), None, None), "first", "ada")
-    with pytest.raises(UserError, match=r"no rows are left for sft/train; .* or add data"):
+    with pytest.raises(UserError, match=r"no rows are left for sft/train: .* add data"):
         prepare(tmp_path / "out", {"sources": [{"kind": "labels", "path": str(file.path)}]})
 
 

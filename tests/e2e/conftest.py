@@ -124,7 +124,7 @@ def make_project(root: Path, home: Path) -> Project:
     unwanted = ("MLFLOW_", "PREFECT_", "DVC_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     environment |= {"PATH": f"{binaries}:{os.environ['PATH']}", "PREFECT_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    environment |= {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.5"}  # a stage here takes seconds
+    environment |= {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.1"}  # a stage here may take less than a second
     project = Project(root, environment)
     for command in (("init", "-q"), ("add", "-A"), ("commit", "-qm", "start")):
         git(root, *command)
