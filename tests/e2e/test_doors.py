@@ -281,7 +281,8 @@ def test_code_edited_while_a_run_goes_on_is_never_taken_for_the_old(copy_of: Pro
     run = copy_of.start("rlhf", "run", "--set", "sft.epochs=30")
     partial = copy_of.root / ".rlhf/store/partial"
     wait_until(lambda: list(partial.glob("*/series.jsonl")), 120, lambda: run.communicate())
-    path.write_text(old.replace('metrics["win_rate"] = ', 'metrics["win_rate"] = 7 + '))
+    assert 'interval("win_rate", ' in old
+    path.write_text(old.replace('interval("win_rate", ', 'interval("win_rate", 7 + '))
     output, errors = run.communicate(timeout=240)
     assert run.returncode == 2, output
     assert "evaluate: its inputs or its code changed while it ran" in errors
