@@ -88,7 +88,10 @@ def say_settled(name: str, settled: Settled | None) -> None:
         console.print(f"  {name} version {settled.version} is @champion: `models:/{name}@champion`", soft_wrap=True)
     else:
         champion = f"@champion stays version {settled.champion}" if settled.champion else "there is no @champion"
-        console.print(f"  {name} version {settled.version} is registered, and not promoted: {champion}", soft_wrap=True)
+        how = f"; it was @champion once: `rlhf promote {settled.version} --why ...`" if settled.passed else ""
+        console.print(
+            f"  {name} version {settled.version} is registered, and not promoted: {champion}{how}", soft_wrap=True
+        )
 
 
 def say_report(report: Report) -> None:

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -30,12 +30,13 @@ class Found:
     Attributes:
         name: what requests call it: `NAME@ALIAS` or `NAME@VERSION`.
         template: how prompts were written for it; empty if its version does not say.
+        tags: what it came from.
     """
 
     name: str
     version: int
     template: str
-    tags: Any
+    tags: Mapping[str, str]
     folder: Path
 
 

@@ -53,7 +53,7 @@ class Move:
         kind: who decided: the gate, or a person who promoted or rolled back.
         who: user and host.
         when: UTC.
-        nonce: makes every move another one, also if two processes decide the same in the same second.
+        id: makes every move another one, also if two processes decide the same in the same second.
     """
 
     version: int
@@ -62,12 +62,12 @@ class Move:
     why: str
     who: str = field(default_factory=lambda: f"{_user()}@{socket.gethostname()}")
     when: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-    nonce: str = field(default_factory=lambda: uuid.uuid4().hex)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def tags(self, place: int) -> dict[str, str]:
-        """What the version and its run say of the move; `champion.place` is written last."""
+    def tags(self) -> dict[str, str]:
+        """What the version and its run say of the move; `champion.id`, written last, says that it has been made."""
         facts = {"from": self.before or "none", "to": self.version, "kind": self.kind, "who": self.who}
-        facts |= {"when": self.when, "why": self.why, "place": place}
+        facts |= {"when": self.when, "why": self.why, "id": self.id}
         return {f"{CHAMPION}.{name}": str(value) for name, value in facts.items()}
 
 
@@ -212,7 +212,7 @@ class Ledger:
         if move.before is not None and _exists(client, name, move.before):
             ended = f"{move.when}: version {move.version}, {move.kind} by {move.who}: {move.why}"
             client.set_model_version_tag(name, str(move.before), f"{CHAMPION}.ended", ended)
-        tags = move.tags(len(self.moves))
+        tags = move.tags()
         if run := _active_run(client, version.run_id):
             client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         for key, value in tags.items():
@@ -220,10 +220,10 @@ class Ledger:
 
     def _done(self) -> bool:
         """Whether the last move needs nothing more: its version says so, or was deleted."""
-        if not _exists(self.client, self.name, self.moves[-1].version):
+        move = self.moves[-1]
+        if not _exists(self.client, self.name, move.version):
             return True
-        tags = self.client.get_model_version(self.name, str(self.moves[-1].version)).tags
-        return int(tags.get(f"{CHAMPION}.place", 0)) >= len(self.moves)
+        return self.client.get_model_version(self.name, str(move.version)).tags.get(f"{CHAMPION}.id") == move.id
 
     def _reread(self) -> list[Move]:
         return Ledger.open(self.client, self.name).moves

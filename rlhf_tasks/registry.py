@@ -77,11 +77,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Settled:
-    """Where the aliases stand: this Actor's version, the champion before and after."""
+    """Where the aliases stand: this Actor's version, the champion before and after, and what the gate said."""
 
     version: int
     previous: int | None
     champion: int | None
+    passed: bool = True
 
     @property
     def moved(self) -> bool:
@@ -142,7 +143,7 @@ def settle(
     _tag_verdict(register_.name, version, outcomes, tracking)
     if not all(outcome.passed for outcome in outcomes):
         present = champion(register_.name, tracking.uri)
-        return Settled(version, present, present)
+        return Settled(version, present, present, passed=False)
     return Settled(version, *promote(register_.name, version, outcomes, tracking.uri))
 
 

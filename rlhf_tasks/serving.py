@@ -134,7 +134,7 @@ class Gate:
     def _check_head(self, scope: Message) -> None:
         path, method = scope["path"], scope["method"]
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        if self.local and urlsplit(f"//{headers.get('host', '')}").hostname not in LOCAL:
+        if self.local and _host(headers.get("host", "")) not in LOCAL:
             raise BadRequest(403, "this server answers this machine only, under the name localhost or 127.0.0.1")
         if path not in (*ASKED, *LOOKED_AT):
             raise BadRequest(404, f"{path}: expected one of {', '.join((*ASKED, *LOOKED_AT))}")
@@ -144,6 +144,14 @@ class Gate:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if method == "POST" and kind != "application/json":
             raise BadRequest(415, f"Content-Type: found {kind or 'nothing'}, expected application/json")
+
+
+def _host(header: str) -> str | None:
+    """The name that a request was made to, without its port."""
+    try:
+        return urlsplit(f"//{header}").hostname
+    except ValueError:
+        return None
 
 
 async def _read(receive: Receive) -> bytes:

@@ -142,9 +142,10 @@ def test_a_ledger_whose_run_was_deleted_begins_anew(uri: str) -> None:
     promote(NAME, 1, "first", uri)
     promote(NAME, 2, "second", uri)
     client.delete_run(client.get_model_version(NAME, "1").run_id)
-    assert promote(NAME, 3, "third", uri) == 2
-    assert [move.version for move in Ledger.open(client, NAME).moves] == [3]
-    assert roll_back(NAME, "no", uri) == (3, 2)
+    assert promote(NAME, 1, "again", uri) == 2
+    assert present(uri) == 1
+    assert [move.version for move in Ledger.open(client, NAME).moves] == [1]
+    assert roll_back(NAME, "no", uri) == (1, 2)
 
 
 def test_of_many_at_once_one_wins(uri: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from tiny import CPU, REPOSITORY, Finished
 
+from flows.chat import _lines
 from rlhf_tasks import config, registry
 from rlhf_tasks.chat import SFT, Speaker, find_sft, sampling_of
 from rlhf_tasks.chat_template import jinja_of
@@ -159,6 +161,16 @@ def test_lines_through_a_pipe(champion: Workspace) -> None:
         it = Speaker(name, load_actor(folder, CPU), load_tokenizer(folder), "none", sampling)
         words = it.answer("The picture is", (champion.params.seed, "chat", 0)).split()
         assert all(word in output for word in words if len(word) < 20)
+
+
+def test_a_person_types_and_ctrl_d_ends_it(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    master, slave = pty.openpty()
+    with open(slave, encoding="utf-8") as terminal:
+        monkeypatch.setattr("sys.stdin", terminal)
+        os.write(master, b"This film\n\n\x04")
+        assert list(_lines()) == ["This film"]
+    os.close(master)
+    assert capsys.readouterr().out == "> > > "
 
 
 def test_without_a_champion_there_is_a_sentence(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -283,7 +283,7 @@ def test_champion_moves_through_the_gate_only(project: Project, registered: Any)
     assert registry.settle(**first) == Settled(version=1, previous=1, champion=1)
 
     kept = registry.settle(**worse)
-    assert kept == Settled(version=2, previous=1, champion=1)
+    assert kept == Settled(version=2, previous=1, champion=1, passed=False)
     assert not kept.moved
     assert project.challenger(name) == 2
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import openai
 import pytest
 from e2e.conftest import Project
 from e2e.servers import free_port, running, wait_until
@@ -45,6 +47,15 @@ def invoke(url: str, **body: Any) -> Any:
     )
     with urllib.request.urlopen(request, timeout=60) as response:
         return json.load(response)
+
+
+@contextmanager
+def served_by_mlflow(project: Project, model: str, log: Path) -> Iterator[str]:
+    """`mlflow models serve`; yields its URL."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    command = ("mlflow", "models", "serve", "-m", model, "--env-manager", "local", "--host", "127.0.0.1")
+    with running(*command, "--port", str(port), log=log, health=f"{url}/health", environment=project.environment):
+        yield url
 
 
 def test_runs_can_be_compared_and_lead_everywhere(finished: Project) -> None:
@@ -89,16 +100,28 @@ def test_a_server_elsewhere_and_a_served_champion(copy_of: Project, tmp_path: Pa
         assert list((tmp_path / "server/store").rglob("model.safetensors"))
         assert client.get_model_version_by_alias("rlhf-actor", "champion").version == "1"
 
-        served = f"http://127.0.0.1:{(port := free_port())}"
-        command = ("mlflow", "models", "serve", "-m", "models:/rlhf-actor@champion", "--env-manager", "local")
-        address = ("--host", "127.0.0.1", "--port", str(port))
-        log, health = tmp_path / "serve.log", f"{served}/health"
-        with running(*command, *address, log=log, health=health, environment=copy_of.environment):
+        with served_by_mlflow(copy_of, "models:/rlhf-actor@champion", tmp_path / "serve.log") as served:
             long = invoke(served, inputs=["This film is", "The plot"])
             assert len(long["predictions"]) == 2
             assert all(isinstance(text, str) and "This film is" not in text for text in long["predictions"])
             short = invoke(served, inputs=["This film is"], params={"max_new_tokens": 1})
             assert len(short["predictions"][0]) < max(len(text) for text in long["predictions"])
+        with served_by_mlflow(copy_of, "models:/rlhf-reward/1", tmp_path / "reward.log") as served:
+            row = {"prompt": "This film is", "response": " good."}
+            [score] = invoke(served, dataframe_records=[row])["predictions"]
+            assert score.keys() == {"score", "normalised"}
+            with pytest.raises(urllib.error.HTTPError, match="400"):
+                invoke(served, dataframe_records=[row | {"response": "x" * 9999}])
+
+        # the server of its own, which gets the files from there
+        url = f"http://127.0.0.1:{(port := free_port())}"
+        command = ("rlhf", "serve", "--port", str(port))
+        log, health = tmp_path / "rlhf.log", f"{url}/health"
+        with running(*command, log=log, health=health, cwd=copy_of.root, environment=copy_of.environment):
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+            answer = client.completions.create(model="rlhf-actor@champion", prompt="This film is", temperature=0)
+            assert answer.usage is not None
+            assert 0 < answer.usage.completion_tokens <= 8
 
 
 def test_a_server_that_is_down(copy_of: Project) -> None:
