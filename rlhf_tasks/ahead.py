@@ -5,14 +5,16 @@ What is slow to import is imported where it is needed: a run that finds everythi
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from rlhf_tasks.base import base_at_hand, check_layers, check_lengths, known_positions, load_settings
 from rlhf_tasks.config import Params
 from rlhf_tasks.data.tables import TokenColumn, read_table
-from rlhf_tasks.keying import check_sources
+from rlhf_tasks.keying import check_sources, parameters
 from rlhf_tasks.limits import check_heldout_prompts
 from rlhf_tasks.stages import STAGES, Stage
+from rlhf_tasks.store import canonical_json
 
 #: learning rates for a pretrained model, those of profiles/smollm2.yaml
 PRETRAINED = {
@@ -79,6 +81,16 @@ def check_model(params: Params) -> None:
         with without_data():
             scorer = AutoModelForSequenceClassification.from_config(load_settings(base)).eval()
             freeze_trunk(scorer, top, "reward.trainable_layers")
+
+
+def prepared_so(root: Path, params: Params) -> bool:
+    """Whether the data that lies there was prepared with these parameters, as its lineage tells."""
+    stage = STAGES["prepare"]
+    try:
+        made_of = json.loads((root / stage.lineage).read_text())["parameters"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(made_of == json.loads(canonical_json(parameters(params, stage))))
 
 
 def check_prepared(params: Params, root: Path, stages: list[Stage]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_tasks import evaluate as evaluation
-from rlhf_tasks import keying
+from rlhf_tasks.ahead import prepared_so
 from rlhf_tasks.base import find_base, load_settings
 from rlhf_tasks.config import Params
 from rlhf_tasks.data.batching import Batch, Line
@@ -36,8 +36,6 @@ from rlhf_tasks.ppo.optimization import actor_gradient, critic_gradient
 from rlhf_tasks.ppo.rollout import Sampling, sample
 from rlhf_tasks.reward import SCORING_BATCH_TOKENS, pairwise_loss, score_texts
 from rlhf_tasks.sft import learn_rows
-from rlhf_tasks.stages import STAGES
-from rlhf_tasks.store import canonical_json
 from rlhf_tasks.training import adamw, clipped_step
 from rlhf_tasks.trunk import freeze_trunk, learning, share_trunk
 
@@ -90,7 +88,7 @@ def amounts_of(root: Path, params: Params) -> Amounts:
     """What `prepare` counted, if it has run here with these parameters; else upper bounds, and no rows."""
     path, data = root / "metrics/prepare.json", params.data
     bound = data.max_prompt_tokens + data.max_response_tokens
-    if not path.exists() or not _prepared_so(root, params):
+    if not path.exists() or not prepared_so(root, params):
         most = data.max_prompt_tokens
         return Amounts(0, 0, most, data.max_response_tokens, bound, most, known=False)
     try:
@@ -102,16 +100,6 @@ def amounts_of(root: Path, params: Params) -> Amounts:
         return Amounts(*rows, *means, longest, math.ceil(prompt["max"]), True, int(document["prompts_heldout"]))
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: not what `prepare` writes; run `rlhf run --until prepare`") from None
-
-
-def _prepared_so(root: Path, params: Params) -> bool:
-    """Whether the data was prepared with these parameters, as its lineage tells."""
-    stage = STAGES["prepare"]
-    try:
-        made_of = json.loads((root / stage.lineage).read_text())["parameters"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return bool(made_of == json.loads(canonical_json(keying.parameters(params, stage))))
 
 
 def settings_of(root: Path, params: Params) -> Any:

@@ -80,6 +80,14 @@ def test_settings_to_change(finished_copy: Workspace, name: str, assignment: str
     assert finding.fault is (said in STOP)
 
 
+def test_data_of_other_parameters_says_nothing_of_these(finished_copy: Workspace) -> None:
+    """The next run prepares anew: there may be more held-out prompts then, or fewer."""
+    set_params(finished_copy.root / "params.yaml", {"data.heldout": 0.5, "evaluate.prompts": 5000})
+    findings = examine(finished_copy.root, load_params(finished_copy.root / "params.yaml"))
+    (finding,) = [finding for finding in findings if finding.name == "evaluation"]
+    assert finding.ok is None
+
+
 @pytest.mark.parametrize(
     ("assignment", "mark", "status"),
     [("generation.top_k=5", "! sampling", 0), ("data.max_response_tokens=5000", "✗ lengths", 1)],

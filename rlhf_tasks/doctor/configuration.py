@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from rlhf_tasks import engine, keying, versioning
-from rlhf_tasks.ahead import high_rates
+from rlhf_tasks.ahead import high_rates, prepared_so
 from rlhf_tasks.base import check_lengths, known_positions
 from rlhf_tasks.config import Params
 from rlhf_tasks.data.tables import TokenColumn, read_table
@@ -78,7 +78,7 @@ def rates(root: Path, params: Params) -> Finding:
 
 def evaluation_prompts(root: Path, params: Params) -> Finding:
     count, heldout = params.evaluate.prompts, root / "data/prepared/prompts/heldout.arrow"
-    if not heldout.exists():
+    if not (heldout.exists() and prepared_so(root, params)):
         return Finding("evaluation", None, f"{count} held-out prompts, if prepare finds as many")
     have = len(TokenColumn(read_table(heldout, ["input_ids"]), "input_ids"))
     check_heldout_prompts(count, have)
