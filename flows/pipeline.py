@@ -178,8 +178,8 @@ def run_stages(root: Path, stages: list[Stage], orders: Orders, begin: Callable[
                     stage_record.settle()
                     say_settled(workspace.params.register_.name, stage_record.settled)
                 done[stage.name] = asdict(entry.ref)
-                if stage.name == "prepare" and not prepared:
-                    check_prepared(workspace.params, root, stages)
+            if stage.name == "prepare" and not prepared:
+                check_prepared(workspace.params, root, stages)
         if stages[-1].name in ("evaluate", "register"):
             publish_report(make_report(root, workspace.params.evaluate.examples, stages[-1].name))
         publish_origin(record.origin())  # once more: dvc.lock is another now
