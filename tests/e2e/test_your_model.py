@@ -43,4 +43,6 @@ def test_a_model_of_the_hub_goes_all_the_way(tmp_path: Path, prefect_home: Path)
     wrong = project.rlhf("run")
     assert wrong.returncode == 2
     assert f"`model.base: {NAME}` at `model.revision: {COMMIT[::-1]}`: not in the cache" in wrong.stderr
-    assert len(wrong.stderr.strip().splitlines()) == 1, wrong.stderr
+    warning, sentence = wrong.stderr.strip().splitlines()
+    assert "high for a pretrained model" in warning
+    assert sentence.startswith("rlhf: `model.base")
